@@ -1,0 +1,206 @@
+#include "copy_engine.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+#include "errors.h"
+
+namespace wanoffload {
+namespace {
+
+unsigned ring_threads(unsigned wanted) {
+  if (wanted != 0) return wanted;
+  return std::clamp(std::thread::hardware_concurrency() / 2, 1U, 8U);
+}
+
+}  // namespace
+
+CopyEngine::CopyEngine(BackendPtr backend, EngineOptions options)
+    : backend_(std::move(backend)), options_(options), stream_(backend_), idle_(backend_) {
+  queue_.reserve(64);
+}
+
+CopyEngine::~CopyEngine() {
+  try {
+    close();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "wanoffload: while closing the copy engine: %s\n", error.what());
+  }
+}
+
+void CopyEngine::prepare_ring() {
+  const std::lock_guard lock(mutex_);
+  if (ring_ || closed_) return;
+  ring_.emplace(backend_, options_.ring_chunks, options_.ring_chunk_bytes);
+  for (unsigned i = 0; i < ring_threads(options_.threads); ++i) {
+    threads_.emplace_back([this] { work(); });
+  }
+}
+
+// What precedes the first byte of every transfer.
+void CopyEngine::begin(const Transfer& transfer) {
+  for (const EventHandle event : transfer.wait_for) backend_->wait(stream(), event);
+  if (const int value = poison_; value != kNoPoison && transfer.image->bytes() > 0) {
+    backend_->fill_device(transfer.destination, static_cast<std::uint8_t>(value),
+                          transfer.image->bytes(), stream());
+  }
+}
+
+// What follows the last byte.
+void CopyEngine::finish(Transfer& transfer) {
+  backend_->record(transfer.ready, stream());
+  transfer.ready_generation_ = transfer.generation;
+}
+
+void CopyEngine::submit(Transfer& transfer) {
+  if (transfer.image->locked() || transfer.image->bytes() == 0) return submit_locked(transfer);
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw ClosedError("the copy engine is closed");
+  if (!ring_) throw UsageError("prepare_ring() comes before an image that is not page-locked");
+  transfer.settled_ = false;
+  transfer.error_ = nullptr;
+  transfer.next_chunk_ = 0;
+  queue_.push_back(&transfer);
+  changed_.notify_all();
+}
+
+void CopyEngine::submit_locked(Transfer& transfer) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_) throw ClosedError("the copy engine is closed");
+    transfer.settled_ = true;
+    transfer.error_ = nullptr;
+  }
+  begin(transfer);
+  if (transfer.image->bytes() > 0) {
+    backend_->copy_to_device(transfer.destination, transfer.image->data(),
+                             transfer.image->bytes(), stream());
+  }
+  finish(transfer);
+}
+
+void CopyEngine::wait_settled(Transfer& transfer) {
+  std::unique_lock lock(mutex_);
+  if (!changed_.wait_for(lock, options_.timeout, [&] { return transfer.settled_; })) {
+    throw TransferTimeout("a fetch through the pinned ring was not enqueued within " +
+                          std::to_string(options_.timeout.count()) + " ms");
+  }
+  if (transfer.error_) std::rethrow_exception(transfer.error_);
+}
+
+bool CopyEngine::settled(const Transfer& transfer) const {
+  const std::lock_guard lock(mutex_);
+  return transfer.settled_;
+}
+
+std::size_t CopyEngine::chunks_of(const Transfer& transfer) const {
+  const std::size_t chunk = ring_->chunk_bytes();
+  return (transfer.image->bytes() + chunk - 1) / chunk;
+}
+
+void CopyEngine::work() {
+  while (const auto task = take_task()) carry_out(*task);
+}
+
+std::optional<CopyEngine::Task> CopyEngine::take_task() {
+  const std::lock_guard intake(intake_);
+  Task task{};
+  {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return closed_ || !queue_.empty(); });
+    if (closed_) return std::nullopt;
+    Transfer& transfer = *queue_.front();
+    task = {&transfer, transfer.next_chunk_++, next_turn_++, {}};
+    if (transfer.next_chunk_ == chunks_of(transfer)) queue_.erase(queue_.begin());
+  }
+  try {
+    task.buffer = ring_->check_out(options_.timeout);
+  } catch (...) {
+    task.buffer.data = nullptr;
+    settle(*task.transfer, std::current_exception());
+  }
+  return task;
+}
+
+// Copies without a lock, then waits for its turn: chunks are enqueued in the order they were taken.
+void CopyEngine::carry_out(const Task& task) {
+  const std::size_t offset = task.chunk * ring_->chunk_bytes();
+  const std::size_t bytes =
+      std::min(ring_->chunk_bytes(), task.transfer->image->bytes() - offset);
+  if (task.buffer.data != nullptr) {
+    std::memcpy(task.buffer.data, task.transfer->image->data() + offset, bytes);
+  }
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return turn_ == task.turn; });
+  const bool failed_earlier = task.transfer->error_ != nullptr;
+  lock.unlock();
+  std::exception_ptr error;
+  if (task.buffer.data != nullptr) {
+    try {
+      if (failed_earlier) {
+        ring_->give_back(task.buffer);
+      } else {
+        enqueue(task, offset, bytes);
+      }
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }
+  const bool last = task.chunk + 1 == chunks_of(*task.transfer);
+  lock.lock();
+  ++turn_;
+  if (error && !task.transfer->error_) task.transfer->error_ = error;
+  // Only behind its last chunk: until then this transfer is still being read here.
+  if (last) task.transfer->settled_ = true;
+  changed_.notify_all();
+}
+
+void CopyEngine::enqueue(const Task& task, std::size_t offset, std::size_t bytes) {
+  bool enqueued = false;
+  try {
+    if (task.chunk == 0) begin(*task.transfer);
+    backend_->copy_to_device(task.transfer->destination + offset, task.buffer.data, bytes,
+                             stream());
+    enqueued = true;
+    ring_->send(task.buffer, stream());
+  } catch (...) {
+    if (enqueued) {
+      // Its copy may still be running, so the chunk must not come free without an event. If this
+      // fails too it stays checked out for good, rather than be overwritten under the copy.
+      ring_->send(task.buffer, stream());
+    } else {
+      ring_->give_back(task.buffer);
+    }
+    throw;
+  }
+  if (task.chunk + 1 == chunks_of(*task.transfer)) finish(*task.transfer);
+}
+
+// Notes an error; the transfer settles when its last chunk's turn has come.
+void CopyEngine::settle(Transfer& transfer, std::exception_ptr error) {
+  const std::lock_guard lock(mutex_);
+  if (!transfer.error_) transfer.error_ = std::move(error);
+}
+
+void CopyEngine::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+    changed_.notify_all();
+  }
+  threads_.clear();  // joins: each finishes the chunk it has taken
+  {
+    const std::lock_guard lock(mutex_);
+    for (Transfer* const transfer : queue_) {
+      transfer->error_ = std::make_exception_ptr(ClosedError("the copy engine was closed"));
+      transfer->settled_ = true;
+    }
+    queue_.clear();
+    changed_.notify_all();
+  }
+  backend_->record(idle_.handle(), stream());
+  synchronize(*backend_, idle_.handle(), options_.timeout);
+}
+
+}  // namespace wanoffload

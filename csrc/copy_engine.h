@@ -1,0 +1,125 @@
+// Brings images into device memory, in the order they were asked for, on one stream of its own.
+// A page-locked image is enqueued by the caller's thread as one copy. Everything else goes through
+// the pinned ring, filled by the engine's threads.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "backend/backend.h"
+#include "host_store.h"
+#include "pinned_ring.h"
+
+namespace wanoffload {
+
+struct EngineOptions {
+  std::size_t ring_chunks = 16;
+  std::size_t ring_chunk_bytes = std::size_t{8} << 20;
+  unsigned threads = 0;  // that fill the ring; 0: half of the cores, 8 at most
+  Milliseconds timeout{60'000};
+};
+
+// One image on its way to one place. Owned by the caller, who keeps it (and the image, and the
+// events) until the transfer is settled: enqueued or failed.
+class Transfer {
+ public:
+  HostImagePtr image;
+  DeviceAddress destination = 0;
+  std::vector<EventHandle> wait_for;  // on the copy stream, before the first byte
+  EventHandle ready = 0;              // recorded behind the last byte
+  std::uint64_t generation = 0;       // which fill of its destination this is
+
+  // The fill that `ready` stands behind: equal to `generation` once settled without an error.
+  // Rule 1: nobody waits on an event that was not recorded for the bytes that are meant.
+  [[nodiscard]] std::uint64_t ready_generation() const { return ready_generation_; }
+
+ private:
+  friend class CopyEngine;
+  std::uint64_t ready_generation_ = 0;  // written before settled_, read after it
+  // guarded by CopyEngine::mutex_
+  bool settled_ = true;
+  std::exception_ptr error_;
+  std::size_t next_chunk_ = 0;  // the next to be taken by a thread
+};
+
+// Any thread may call submit, wait_settled and settled; transfers are carried out in the order of
+// submission among those of the same way.
+class CopyEngine {
+ public:
+  CopyEngine(BackendPtr backend, EngineOptions options);
+  CopyEngine(const CopyEngine&) = delete;
+  CopyEngine& operator=(const CopyEngine&) = delete;
+  ~CopyEngine();  // see close()
+
+  [[nodiscard]] StreamHandle stream() const { return stream_.handle(); }
+  [[nodiscard]] std::size_t ring_bytes() const { return ring_ ? ring_->locked_bytes() : 0; }
+
+  // With a value, every destination is overwritten with this byte before it is filled: a reader
+  // that comes late, or a copy that came early, shows. For tests; costs device bandwidth.
+  void set_poison(std::optional<std::uint8_t> value) { poison_ = value ? *value : kNoPoison; }
+
+  // Allocates the ring and starts the threads, if that has not been done. Set-up work: must have
+  // been called before an image that is not page-locked is submitted.
+  void prepare_ring();
+
+  // Starts a transfer. A page-locked image: enqueued when this returns, errors thrown here.
+  // Others: this returns at once; errors come out of wait_settled.
+  void submit(Transfer& transfer);
+  // Waits until every byte of the transfer is enqueued, or rethrows what went wrong. Does not wait
+  // for the device. Throws TransferTimeout.
+  void wait_settled(Transfer& transfer);
+  [[nodiscard]] bool settled(const Transfer& transfer) const;
+
+  // Settles what is queued (with ClosedError), ends the threads, waits for the copies in flight.
+  // Idempotent. The destructor does it too, and reports an error instead of throwing it.
+  void close();
+
+ private:
+  struct Task {
+    Transfer* transfer;
+    std::size_t chunk;
+    std::uint64_t turn;
+    PinnedRing::Chunk buffer;
+  };
+
+  void begin(const Transfer& transfer);
+  void finish(Transfer& transfer);
+  void submit_locked(Transfer& transfer);
+  void work();
+  [[nodiscard]] std::optional<Task> take_task();
+  void carry_out(const Task& task);
+  void enqueue(const Task& task, std::size_t offset, std::size_t bytes);
+  void settle(Transfer& transfer, std::exception_ptr error);
+  [[nodiscard]] std::size_t chunks_of(const Transfer& transfer) const;
+
+  static constexpr int kNoPoison = -1;
+
+  const BackendPtr backend_;
+  const EngineOptions options_;
+  std::atomic<int> poison_{kNoPoison};
+  Stream stream_;
+  Event idle_;  // for close()
+  std::optional<PinnedRing> ring_;
+
+  std::mutex intake_;  // held from choosing a chunk to having a buffer for it: buffers are handed
+                       // out in the order of turns, so the next turn always has one
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  // guarded by mutex_
+  std::vector<Transfer*> queue_;
+  std::uint64_t next_turn_ = 0;  // to be given to the next chunk taken
+  std::uint64_t turn_ = 0;       // whose bytes are enqueued next
+  bool closed_ = false;
+
+  std::vector<std::jthread> threads_;  // last: they use everything above
+};
+
+}  // namespace wanoffload

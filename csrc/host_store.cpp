@@ -1,0 +1,125 @@
+#include "host_store.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <thread>
+
+#include "errors.h"
+#include "parallel.h"
+
+namespace wanoffload {
+namespace {
+
+constexpr std::size_t kPage = 4096;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kGrain = std::size_t{4} << 20;
+// One registration of 512 GiB or more fails on every driver; stay far below.
+constexpr std::size_t kMaxLockBytes = std::size_t{64} << 30;
+
+std::size_t round_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
+
+StoreOptions resolved(StoreOptions options) {
+  if (options.threads == 0) options.threads = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+  return options;
+}
+
+// Maps `bytes` at a huge page's boundary, so that all but the last piece can be huge pages.
+std::byte* map_aligned(std::size_t bytes) {
+  const std::size_t reserved = bytes + kHugePage;
+  void* memory =
+      mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) {
+    throw HostMemoryError("could not map " + std::to_string(bytes) +
+                          " bytes of host memory: " + std::strerror(errno));
+  }
+  auto* const start = static_cast<std::byte*>(memory);
+  const std::size_t lead = round_up(reinterpret_cast<std::uintptr_t>(start), kHugePage) -
+                           reinterpret_cast<std::uintptr_t>(start);
+  if (lead > 0) munmap(start, lead);
+  if (lead < kHugePage) munmap(start + lead + bytes, kHugePage - lead);
+  return start + lead;
+}
+
+}  // namespace
+
+HostImage::HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options,
+                     std::shared_ptr<StoreBytes> totals)
+    : backend_(std::move(backend)),
+      bytes_(bytes),
+      mapped_bytes_(round_up(std::max<std::size_t>(bytes, 1), kPage)),
+      options_(resolved(options)),
+      totals_(std::move(totals)) {
+  if (bytes > std::numeric_limits<std::size_t>::max() / 2) {
+    throw HostMemoryError("an image cannot have " + std::to_string(bytes) + " bytes");
+  }
+  data_ = map_aligned(mapped_bytes_);
+  // Advice only: a kernel without huge pages fills with small ones, slower.
+  madvise(data_, mapped_bytes_, options_.huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+  totals_->mapped += mapped_bytes_;
+}
+
+HostImage::~HostImage() {
+  unlock();
+  munmap(data_, mapped_bytes_);
+  totals_->mapped -= mapped_bytes_;
+}
+
+void HostImage::fill(const std::vector<ImagePiece>& pieces) {
+  for (const ImagePiece& piece : pieces) {
+    if (piece.offset > bytes_ || piece.bytes > bytes_ - piece.offset) {
+      throw UsageError("a piece of " + std::to_string(piece.bytes) + " bytes at " +
+                       std::to_string(piece.offset) + " does not fit an image of " +
+                       std::to_string(bytes_));
+    }
+  }
+  for (const ImagePiece& piece : pieces) {
+    const auto* source = static_cast<const std::byte*>(piece.source);
+    std::byte* const target = data_ + piece.offset;
+    parallel_for(piece.bytes, kGrain, options_.threads, [&](std::size_t begin, std::size_t end) {
+      std::memcpy(target + begin, source + begin, end - begin);
+    });
+  }
+}
+
+void HostImage::touch() {
+  parallel_for(mapped_bytes_, kGrain, options_.threads, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t at = begin; at < end; at += kPage) {
+      volatile std::byte* const page = data_ + at;
+      *page = *page;
+    }
+  });
+}
+
+void HostImage::lock() {
+  if (locked_) return;
+  if (mapped_bytes_ > kMaxLockBytes) {
+    throw HostMemoryError("one unit has " + std::to_string(bytes_) +
+                          " bytes; at most 64 GiB can be page-locked in one piece");
+  }
+  touch();  // pages that are there are locked much faster
+  backend_->lock_host(data_, mapped_bytes_);
+  locked_ = true;
+  totals_->locked += mapped_bytes_;
+}
+
+void HostImage::unlock() noexcept {
+  if (!locked_) return;
+  backend_->unlock_host(data_);
+  locked_ = false;
+  totals_->locked -= mapped_bytes_;
+}
+
+HostStore::HostStore(BackendPtr backend, StoreOptions options)
+    : backend_(std::move(backend)),
+      options_(resolved(options)),
+      totals_(std::make_shared<StoreBytes>()) {}
+
+HostImagePtr HostStore::allocate(std::size_t bytes) {
+  return std::make_shared<HostImage>(backend_, bytes, options_, totals_);
+}
+
+}  // namespace wanoffload

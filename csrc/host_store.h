@@ -1,0 +1,84 @@
+// Where the images of units live on the host. An image is one run of bytes with a mapping of its
+// own: exact to the page, touched first by the threads that fill it, page-locked or not, and given
+// back alone.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace wanoffload {
+
+struct StoreOptions {
+  bool huge_pages = true;  // ask for 2 MiB pages: touching and locking are 2 times faster
+  unsigned threads = 0;    // that fill and touch; 0: as many as there are cores, 16 at most
+};
+
+// Bytes held by the images of one store, now.
+struct StoreBytes {
+  std::atomic<std::size_t> mapped{0};
+  std::atomic<std::size_t> locked{0};
+};
+
+// Bytes to be copied into an image.
+struct ImagePiece {
+  const void* source;
+  std::size_t offset;
+  std::size_t bytes;
+};
+
+// One unit's bytes. Not synchronised: fill, lock and unlock are set-up work of one thread. The
+// owner must not let it go while a copy from it is in flight.
+class HostImage {
+ public:
+  // Maps zeroed memory. Throws HostMemoryError.
+  HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options,
+            std::shared_ptr<StoreBytes> totals);
+  HostImage(const HostImage&) = delete;
+  HostImage& operator=(const HostImage&) = delete;
+  ~HostImage();
+
+  [[nodiscard]] std::byte* data() const { return data_; }
+  [[nodiscard]] std::size_t bytes() const { return bytes_; }
+  [[nodiscard]] bool locked() const { return locked_; }
+
+  // Copies the pieces in with many threads; the first touch of the memory.
+  void fill(const std::vector<ImagePiece>& pieces);
+  // Makes every page present with many threads, without changing what is there.
+  void touch();
+  // Page-locks the image. Throws HostMemoryError or BackendError; does nothing if locked.
+  void lock();
+  void unlock() noexcept;
+
+ private:
+  const BackendPtr backend_;
+  const std::size_t bytes_;
+  const std::size_t mapped_bytes_;
+  const StoreOptions options_;
+  const std::shared_ptr<StoreBytes> totals_;
+  std::byte* data_ = nullptr;
+  bool locked_ = false;
+};
+
+using HostImagePtr = std::shared_ptr<HostImage>;
+
+// Makes images and knows how many bytes they hold. Images may outlive it.
+class HostStore {
+ public:
+  explicit HostStore(BackendPtr backend, StoreOptions options = {});
+
+  [[nodiscard]] HostImagePtr allocate(std::size_t bytes);
+  [[nodiscard]] std::size_t mapped_bytes() const { return totals_->mapped; }
+  [[nodiscard]] std::size_t locked_bytes() const { return totals_->locked; }
+
+ private:
+  const BackendPtr backend_;
+  const StoreOptions options_;
+  const std::shared_ptr<StoreBytes> totals_;
+};
+
+}  // namespace wanoffload

@@ -1,0 +1,207 @@
+// The only file that knows Python. Streams, events and device memory cross as integers; every
+// call that may wait gives up the interpreter's lock.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "backend/cuda_backend.h"
+#include "backend/host_backend.h"
+#include "errors.h"
+#include "fingerprint.h"
+#include "host_store.h"
+#include "pinned_ring.h"
+#include "prefetcher.h"
+
+namespace py = pybind11;
+using namespace wanoffload;  // NOLINT: this file is the module
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+namespace {
+
+void bind_errors(py::module_& m) {
+  const auto& base = py::register_exception<Error>(m, "OffloadError", PyExc_RuntimeError);
+  py::register_exception<BackendError>(m, "BackendError", base);
+  py::register_exception<TransferError>(m, "TransferError", base);
+  py::register_exception<TransferTimeout>(m, "TransferTimeout", base);
+  py::register_exception<HostMemoryError>(m, "HostMemoryError", base);
+  py::register_exception<ClosedError>(m, "ClosedError", base);
+  py::register_exception<UsageError>(m, "UsageError", base);
+}
+
+// Streams and events by hand: for benchmarks and tests of the seam.
+void bind_backends(py::module_& m) {
+  py::class_<Backend, BackendPtr>(m, "Backend")
+      .def_property_readonly("name", &Backend::name)
+      .def("create_stream", &Backend::create_stream)
+      .def("destroy_stream", &Backend::destroy_stream, py::arg("stream"), NoGil())
+      .def("create_event", &Backend::create_event)
+      .def("destroy_event", &Backend::destroy_event, py::arg("event"))
+      .def("record", &Backend::record, py::arg("event"), py::arg("stream"), NoGil())
+      .def("wait", &Backend::wait, py::arg("stream"), py::arg("event"), NoGil())
+      .def("is_complete", &Backend::is_complete, py::arg("event"))
+      .def(
+          "synchronize",
+          [](Backend& self, EventHandle event, int timeout_ms) {
+            synchronize(self, event, Milliseconds(timeout_ms));
+          },
+          py::arg("event"), py::arg("timeout_ms") = 60'000, NoGil())
+      .def(
+          "copy_to_device",
+          [](Backend& self, DeviceAddress destination, std::uintptr_t source, std::size_t bytes,
+             StreamHandle stream) {
+            self.copy_to_device(destination, reinterpret_cast<const void*>(source), bytes, stream);
+          },
+          py::arg("destination"), py::arg("source"), py::arg("nbytes"), py::arg("stream"), NoGil());
+
+  py::class_<HostBackend, Backend, std::shared_ptr<HostBackend>>(m, "HostBackend")
+      .def(py::init([](double bytes_per_second, double latency_us, double jitter_us,
+                       std::uint64_t seed) {
+             return std::make_shared<HostBackend>(
+                 HostOptions{bytes_per_second, latency_us, jitter_us, seed});
+           }),
+           py::kw_only(), py::arg("bytes_per_second") = 0.0, py::arg("latency_us") = 0.0,
+           py::arg("jitter_us") = 0.0, py::arg("seed") = 0)
+      .def("fail_at", &HostBackend::fail_at, py::arg("nth_call"))
+      .def_property_readonly("calls", &HostBackend::calls)
+      .def_property_readonly("locked_bytes", &HostBackend::locked_bytes);
+
+  py::class_<CudaBackend, Backend, std::shared_ptr<CudaBackend>>(m, "CudaBackend")
+      .def(py::init<int>(), py::arg("device_index"));
+}
+
+void bind_host_store(py::module_& m) {
+  // memoryview(image) keeps the image alive: tensors made over it may outlive every other owner.
+  py::class_<HostImage, HostImagePtr>(m, "HostImage", py::buffer_protocol())
+      .def_buffer([](HostImage& self) {
+        return py::buffer_info(reinterpret_cast<std::uint8_t*>(self.data()),
+                               static_cast<py::ssize_t>(self.bytes()));
+      })
+      .def_property_readonly(
+          "address", [](const HostImage& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
+      .def_property_readonly("nbytes", &HostImage::bytes)
+      .def_property_readonly("locked", &HostImage::locked)
+      .def(
+          "fill",
+          [](HostImage& self,
+             const std::vector<std::tuple<std::uintptr_t, std::size_t, std::size_t>>& pieces) {
+            std::vector<ImagePiece> list;
+            for (const auto& [source, offset, bytes] : pieces) {
+              list.push_back({reinterpret_cast<const void*>(source), offset, bytes});
+            }
+            self.fill(list);
+          },
+          py::arg("pieces"), NoGil())
+      .def("touch", &HostImage::touch, NoGil())
+      .def("lock", &HostImage::lock, NoGil())
+      .def("unlock", &HostImage::unlock, NoGil());
+
+  py::class_<HostStore>(m, "HostStore")
+      .def(py::init([](BackendPtr backend, bool huge_pages, unsigned threads) {
+             return std::make_unique<HostStore>(std::move(backend),
+                                                StoreOptions{huge_pages, threads});
+           }),
+           py::arg("backend"), py::kw_only(), py::arg("huge_pages") = true,
+           py::arg("threads") = 0U)
+      .def("allocate", &HostStore::allocate, py::arg("nbytes"))
+      .def_property_readonly("mapped_bytes", &HostStore::mapped_bytes)
+      .def_property_readonly("locked_bytes", &HostStore::locked_bytes);
+
+  m.def(
+      "fingerprint",
+      [](std::uintptr_t address, std::size_t bytes, unsigned threads) {
+        return fingerprint(reinterpret_cast<const void*>(address), bytes, threads);
+      },
+      py::arg("address"), py::arg("nbytes"), py::arg("threads") = 8U, NoGil());
+}
+
+void bind_ring(py::module_& m) {
+  py::class_<PinnedRing>(m, "PinnedRing")
+      .def(py::init<const BackendPtr&, std::size_t, std::size_t>(), py::arg("backend"),
+           py::arg("chunks"), py::arg("chunk_bytes"))
+      .def_property_readonly("size", &PinnedRing::size)
+      .def_property_readonly("locked_bytes", &PinnedRing::locked_bytes)
+      .def_property_readonly("counts",
+                             [](const PinnedRing& self) {
+                               const auto counts = self.counts();
+                               return std::make_tuple(counts.free, counts.checked_out,
+                                                      counts.in_flight);
+                             })
+      .def(
+          "check_out",
+          [](PinnedRing& self, int timeout_ms) {
+            const auto chunk = self.check_out(Milliseconds(timeout_ms));
+            return std::make_tuple(chunk.index, reinterpret_cast<std::uintptr_t>(chunk.data));
+          },
+          py::arg("timeout_ms") = 60'000, NoGil())
+      .def(
+          "send",
+          [](PinnedRing& self, std::size_t index, StreamHandle stream) {
+            self.send({nullptr, index}, stream);
+          },
+          py::arg("index"), py::arg("stream"), NoGil())
+      .def(
+          "give_back", [](PinnedRing& self, std::size_t index) { self.give_back({nullptr, index}); },
+          py::arg("index"));
+}
+
+void bind_prefetcher(py::module_& m) {
+  py::class_<PrefetchStats>(m, "PrefetchStats")
+      .def_readonly("acquires", &PrefetchStats::acquires)
+      .def_readonly("cold", &PrefetchStats::cold)
+      .def_readonly("fetches", &PrefetchStats::fetches)
+      .def_readonly("bytes_fetched", &PrefetchStats::bytes_fetched)
+      .def_readonly("invalidations", &PrefetchStats::invalidations)
+      .def_readonly("failures", &PrefetchStats::failures);
+
+  // Its destructor joins threads that may want the interpreter's lock.
+  py::class_<Prefetcher>(m, "Prefetcher", py::release_gil_before_calling_cpp_dtor())
+      .def(py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
+                       std::size_t slot_bytes, int depth, std::size_t ring_chunks,
+                       std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms) {
+             PrefetchOptions options;
+             options.depth = depth;
+             options.engine.ring_chunks = ring_chunks;
+             options.engine.ring_chunk_bytes = ring_chunk_bytes;
+             options.engine.threads = threads;
+             options.engine.timeout = Milliseconds(timeout_ms);
+             return std::make_unique<Prefetcher>(backend, slots, slot_bytes, options);
+           }),
+           py::arg("backend"), py::arg("slots"), py::arg("slot_bytes"), py::kw_only(),
+           py::arg("depth"), py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
+           py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes,
+           py::arg("threads") = 0U, py::arg("timeout_ms") = 60'000)
+      .def("add_unit", &Prefetcher::add_unit, py::arg("image"), NoGil())
+      .def("set_order", &Prefetcher::set_order, py::arg("units"), NoGil())
+      .def("order", &Prefetcher::order, NoGil())
+      .def("prefetch", &Prefetcher::prefetch, NoGil())
+      .def(
+          "acquire",
+          [](Prefetcher& self, int unit, StreamHandle stream) {
+            const Acquired acquired = self.acquire(unit, stream);
+            return std::pair(acquired.slot, acquired.generation);
+          },
+          py::arg("unit"), py::arg("stream"), NoGil())
+      .def("release", &Prefetcher::release, py::arg("unit"), py::arg("stream"),
+           py::arg("generation"), NoGil())
+      .def("abandon", &Prefetcher::abandon, py::arg("stream"), NoGil())
+      .def("invalidate", &Prefetcher::invalidate, py::arg("unit"), NoGil())
+      .def("set_poison", &Prefetcher::set_poison, py::arg("value"))
+      .def("close", &Prefetcher::close, NoGil())
+      .def("stats", &Prefetcher::stats, NoGil())
+      .def("reset_stats", &Prefetcher::reset_stats, NoGil())
+      .def("recent_events", &Prefetcher::recent_events, NoGil())
+      .def_property_readonly("copy_stream", &Prefetcher::copy_stream)
+      .def_property_readonly("ring_bytes", &Prefetcher::ring_bytes)
+      .def_property_readonly("slot_count", &Prefetcher::slot_count)
+      .def_property_readonly("unit_count", &Prefetcher::unit_count);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The streaming engine of wanoffload: host store, pinned ring, copy engine, slots.";
+  bind_errors(m);
+  bind_backends(m);
+  bind_host_store(m);
+  bind_ring(m);
+  bind_prefetcher(m);
+}

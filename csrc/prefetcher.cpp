@@ -1,0 +1,304 @@
+#include "prefetcher.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <sstream>
+
+#include "errors.h"
+
+namespace wanoffload {
+
+Prefetcher::Prefetcher(const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
+                       std::size_t slot_bytes, PrefetchOptions options)
+    : backend_(backend),
+      options_(options),
+      engine_(backend, options.engine),
+      slots_(backend, slots, slot_bytes) {
+  if (options.depth < 0) throw UsageError("prefetch must be 0 or more");
+}
+
+Prefetcher::~Prefetcher() {
+  try {
+    close();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "wanoffload: while closing: %s\n", error.what());
+  }
+}
+
+int Prefetcher::add_unit(HostImagePtr image) {
+  const std::lock_guard lock(mutex_);
+  if (image->bytes() > slots_.slot_bytes()) {
+    throw UsageError("a unit of " + std::to_string(image->bytes()) + " bytes in slots of " +
+                     std::to_string(slots_.slot_bytes()));
+  }
+  if (!image->locked()) engine_.prepare_ring();
+  const int unit = unit_count();
+  images_.push_back(std::move(image));
+  failures_.emplace_back();
+  place_.push_back(static_cast<int>(order_.size()));
+  order_.push_back(unit);
+  return unit;
+}
+
+void Prefetcher::set_order(const std::vector<int>& units) {
+  const std::lock_guard lock(mutex_);
+  std::vector<int> place(images_.size(), -1);
+  for (std::size_t i = 0; i < units.size(); ++i) {
+    const int unit = units[i];
+    if (unit < 0 || unit >= unit_count() || place[static_cast<std::size_t>(unit)] != -1) {
+      throw UsageError("an order names every unit once; unit " + std::to_string(unit) +
+                       " is unknown or named twice");
+    }
+    place[static_cast<std::size_t>(unit)] = static_cast<int>(i);
+  }
+  if (units.size() != images_.size()) {
+    throw UsageError("an order names every unit once; this one has " +
+                     std::to_string(units.size()) + " of " + std::to_string(images_.size()));
+  }
+  order_ = units;
+  place_ = std::move(place);
+  next_ = 0;
+}
+
+std::vector<int> Prefetcher::order() const {
+  const std::lock_guard lock(mutex_);
+  return order_;
+}
+
+void Prefetcher::check_open(int unit) const {
+  if (closed_) throw ClosedError("this model's offloader is closed");
+  if (unit < 0 || unit >= unit_count()) {
+    throw UsageError("there is no unit " + std::to_string(unit));
+  }
+}
+
+// How many units of the order come before this one, counted from the one needed next.
+int Prefetcher::distance(int unit) const {
+  const int ahead = place_[static_cast<std::size_t>(unit)] - next_;
+  return ahead >= 0 ? ahead : ahead + unit_count();
+}
+
+// The slot to give up first: an empty one, else that whose unit is needed last. -1: all in use.
+int Prefetcher::farthest_free_slot() const {
+  int best = -1;
+  int best_distance = -1;
+  for (int i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.users != 0) continue;
+    const int away =
+        slot.unit == kNoUnit ? std::numeric_limits<int>::max() : distance(slot.unit);
+    if (away > best_distance) {
+      best = i;
+      best_distance = away;
+    }
+  }
+  return best;
+}
+
+void Prefetcher::prefetch() {
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw ClosedError("this model's offloader is closed");
+  top_up();
+}
+
+// Brings the units that come next into slots that hold nothing needed sooner. What fails here is
+// thrown by the acquire that needs it.
+void Prefetcher::top_up() {
+  const int ahead = std::min(options_.depth, unit_count() - 1);
+  for (int i = 0; i < ahead; ++i) {
+    const int unit = order_[static_cast<std::size_t>((next_ + i) % unit_count())];
+    if (slots_.find(unit) >= 0) continue;
+    if (failures_[static_cast<std::size_t>(unit)]) return;
+    const int slot = farthest_free_slot();
+    if (slot < 0) return;
+    const bool needed = slots_[slot].unit != kNoUnit && distance(slots_[slot].unit) < ahead;
+    if (needed || !engine_.settled(slots_[slot].transfer)) return;
+    try {
+      fetch(unit, slot);
+    } catch (...) {
+      failures_[static_cast<std::size_t>(unit)] = std::current_exception();
+      return;
+    }
+  }
+}
+
+void Prefetcher::fetch(int unit, int slot) {
+  const HostImagePtr& image = images_[static_cast<std::size_t>(unit)];
+  note(Happened::kFetch, unit, slot);
+  slots_.fill(slot, unit, image, engine_);
+  ++stats_.fetches;
+  stats_.bytes_fetched += image->bytes();
+}
+
+// Throws what went wrong with a prefetch, once: the acquire after this one tries again.
+void Prefetcher::rethrow_failure(int unit) {
+  std::exception_ptr& failure = failures_[static_cast<std::size_t>(unit)];
+  if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+}
+
+// The slot where the unit is or is being brought now.
+int Prefetcher::slot_with(int unit) {
+  if (const int slot = slots_.find(unit); slot >= 0) return slot;
+  rethrow_failure(unit);
+  const int slot = farthest_free_slot();
+  if (slot < 0) {
+    throw UsageError("all " + std::to_string(slot_count()) + " slots are in use: unit " +
+                     std::to_string(unit) + " was acquired while others were not released");
+  }
+  try {
+    // The slot may still be on its way to another unit that was then skipped.
+    engine_.wait_settled(slots_[slot].transfer);
+  } catch (const TransferTimeout&) {
+    throw;
+  } catch (const std::exception&) {
+    // That unit's fetch failed and nobody needs it any more.
+  }
+  ++stats_.cold;
+  fetch(unit, slot);
+  return slot;
+}
+
+void Prefetcher::settle(int unit, int slot) {
+  try {
+    engine_.wait_settled(slots_[slot].transfer);
+  } catch (const TransferTimeout&) {
+    throw;
+  } catch (...) {
+    slots_.drop(slot);
+    note(Happened::kFetchFailed, unit, slot);
+    throw;
+  }
+}
+
+Acquired Prefetcher::acquire(int unit, StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  check_open(unit);
+  next_ = place_[static_cast<std::size_t>(unit)];
+  int slot = -1;
+  try {
+    slot = slot_with(unit);
+    settle(unit, slot);
+    slots_.begin_read(slot, stream);
+  } catch (const UsageError&) {
+    throw;
+  } catch (const ClosedError&) {
+    throw;
+  } catch (const TransferTimeout& error) {
+    throw TransferTimeout(why(unit, slot, error));
+  } catch (const std::exception& error) {
+    ++stats_.failures;
+    throw TransferError(why(unit, slot, error));
+  }
+  ++stats_.acquires;
+  note(Happened::kAcquire, unit, slot);
+  next_ = (next_ + 1) % unit_count();
+  top_up();
+  return {slot, slots_[slot].generation};
+}
+
+void Prefetcher::release(int unit, StreamHandle stream, std::uint64_t generation) {
+  const std::lock_guard lock(mutex_);
+  check_open(unit);
+  const int slot = slots_.find(unit);
+  if (slot < 0 || slots_[slot].users == 0) {
+    throw UsageError("unit " + std::to_string(unit) + " is released but was not acquired");
+  }
+  if (slots_[slot].generation != generation) {
+    throw Error("slot " + std::to_string(slot) + " was refilled while unit " +
+                std::to_string(unit) + " was in use:\n" + events_text());
+  }
+  note(Happened::kRelease, unit, slot);
+  slots_.end_read(slot, stream);
+  top_up();
+}
+
+void Prefetcher::abandon(StreamHandle stream) {
+  const std::lock_guard lock(mutex_);
+  if (closed_) return;
+  for (int slot = 0; slot < slots_.size(); ++slot) {
+    while (slots_[slot].users > 0) {
+      note(Happened::kRelease, slots_[slot].unit, slot);
+      slots_.end_read(slot, stream);
+    }
+  }
+}
+
+void Prefetcher::invalidate(int unit) {
+  const std::lock_guard lock(mutex_);
+  check_open(unit);
+  failures_[static_cast<std::size_t>(unit)] = nullptr;
+  const int slot = slots_.find(unit);
+  if (slot < 0) return;
+  if (slots_[slot].users != 0) {
+    throw UsageError("unit " + std::to_string(unit) + " is in use: its weights can't be changed");
+  }
+  ++stats_.invalidations;
+  note(Happened::kInvalidate, unit, slot);
+  slots_.drop(slot);
+  try {
+    engine_.wait_settled(slots_[slot].transfer);
+  } catch (const TransferTimeout&) {
+    throw;
+  } catch (const std::exception&) {
+    return;  // it failed, and nobody needs it any more
+  }
+  synchronize(*backend_, slots_[slot].ready.handle(), options_.engine.timeout);
+}
+
+PrefetchStats Prefetcher::stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+void Prefetcher::reset_stats() {
+  const std::lock_guard lock(mutex_);
+  stats_ = {};
+}
+
+void Prefetcher::note(Happened what, int unit, int slot) {
+  records_[recorded_ % records_.size()] = {what, unit, slot, recorded_};
+  ++recorded_;
+}
+
+std::string Prefetcher::recent_events() const {
+  const std::lock_guard lock(mutex_);
+  return events_text();
+}
+
+std::string Prefetcher::events_text() const {
+  constexpr std::array<const char*, 5> kWords = {"fetch", "fetch failed", "acquire", "release",
+                                                 "invalidate"};
+  std::ostringstream text;
+  const std::uint64_t first = recorded_ > records_.size() ? recorded_ - records_.size() : 0;
+  for (std::uint64_t i = first; i < recorded_; ++i) {
+    const Record& record = records_[i % records_.size()];
+    text << "  #" << record.number << ' ' << kWords[static_cast<std::size_t>(record.what)]
+         << " unit " << record.unit << " slot " << record.slot << '\n';
+  }
+  return text.str();
+}
+
+std::string Prefetcher::why(int unit, int slot, const std::exception& cause) const {
+  std::string text = "unit " + std::to_string(unit) + " could not be fetched";
+  if (slot >= 0) text += " into slot " + std::to_string(slot);
+  return text + ": " + cause.what() + "\nthe engine's last events:\n" + events_text();
+}
+
+void Prefetcher::close() {
+  const std::lock_guard lock(mutex_);
+  if (closed_) return;
+  closed_ = true;
+  engine_.close();
+  for (int i = 0; i < slots_.size(); ++i) {
+    for (const SlotReader& reader : slots_[i].readers) {
+      if (reader.recorded) {
+        synchronize(*backend_, reader.free.handle(), options_.engine.timeout);
+      }
+    }
+    slots_[i].transfer.image = nullptr;
+  }
+  images_.clear();
+}
+
+}  // namespace wanoffload

@@ -1,0 +1,125 @@
+// The order of units and how far ahead of their use they are fetched. The one class that the
+// Python layer drives: acquire a unit, use it, release it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "copy_engine.h"
+#include "device_slots.h"
+#include "host_store.h"
+
+namespace wanoffload {
+
+struct PrefetchOptions {
+  int depth = 2;  // units fetched ahead of the one in use; 0: each when it is needed
+  EngineOptions engine;
+};
+
+// Counted since construction or the last reset.
+struct PrefetchStats {
+  std::uint64_t acquires = 0;
+  std::uint64_t cold = 0;  // acquires that had to start the fetch themselves
+  std::uint64_t fetches = 0;
+  std::uint64_t bytes_fetched = 0;
+  std::uint64_t invalidations = 0;  // prefetched bytes thrown away because the host's changed
+  std::uint64_t failures = 0;       // fetches that failed
+};
+
+struct Acquired {
+  int slot;
+  std::uint64_t generation;  // hand it back to release
+};
+
+// Any number of units through any number of slots. Any thread may call any method; one lock.
+// In the steady state, with page-locked images, no method waits for the device, allocates or makes
+// an event. With other images acquire may wait until the engine has enqueued the unit's last chunk.
+class Prefetcher {
+ public:
+  // `slots`: addresses of device memory that outlives this object, of `slot_bytes` each.
+  Prefetcher(const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
+             std::size_t slot_bytes, PrefetchOptions options);
+  ~Prefetcher();
+
+  // Appends a unit to the order and returns its number: 0, 1, ...
+  int add_unit(HostImagePtr image);
+  // Replaces the order. Throws UsageError unless it names every unit once.
+  void set_order(const std::vector<int>& units);
+  [[nodiscard]] std::vector<int> order() const;
+
+  // Starts to fetch the units that come next in the order, from the first at the beginning.
+  void prefetch();
+  // Makes `stream` wait for the unit's bytes and returns the slot where they are. Fetches them if
+  // nobody has. Throws TransferError when the fetch failed (the next acquire tries again),
+  // TransferTimeout when it stalled, UsageError when every slot is in use.
+  Acquired acquire(int unit, StreamHandle stream);
+  // The work that reads the unit is enqueued on `stream`. Starts the next fetches.
+  void release(int unit, StreamHandle stream, std::uint64_t generation);
+  // Releases everything that is acquired, whatever it was: a forward ended early. `stream`: where
+  // it ran. In the steady state nothing is, and nothing happens.
+  void abandon(StreamHandle stream);
+  // The host's bytes are about to change: waits until no copy reads them (for the device, if it
+  // must), and forgets what was fetched. Throws UsageError if the unit is in use.
+  void invalidate(int unit);
+  void set_poison(std::optional<std::uint8_t> value) { engine_.set_poison(value); }
+  // Where the copies run. For tests and traces.
+  [[nodiscard]] StreamHandle copy_stream() const { return engine_.stream(); }
+
+  [[nodiscard]] int unit_count() const { return static_cast<int>(images_.size()); }
+  [[nodiscard]] int slot_count() const { return slots_.size(); }
+  [[nodiscard]] std::size_t ring_bytes() const { return engine_.ring_bytes(); }
+  [[nodiscard]] PrefetchStats stats() const;
+  void reset_stats();
+  // The last things that happened, newest last, a line each.
+  [[nodiscard]] std::string recent_events() const;
+
+  // Waits for copies and readers, then gives everything back; the slots' memory may be freed
+  // afterwards. Idempotent. Everything else throws ClosedError from here on.
+  void close();
+
+ private:
+  enum class Happened : std::uint8_t { kFetch, kFetchFailed, kAcquire, kRelease, kInvalidate };
+  struct Record {
+    Happened what;
+    int unit;
+    int slot;
+    std::uint64_t number;
+  };
+
+  void check_open(int unit) const;
+  void rethrow_failure(int unit);
+  int slot_with(int unit);
+  void fetch(int unit, int slot);
+  void settle(int unit, int slot);
+  void top_up();
+  [[nodiscard]] int distance(int unit) const;
+  [[nodiscard]] int farthest_free_slot() const;
+  void note(Happened what, int unit, int slot);
+  [[nodiscard]] std::string events_text() const;
+  [[nodiscard]] std::string why(int unit, int slot, const std::exception& cause) const;
+
+  const BackendPtr backend_;
+  const PrefetchOptions options_;
+
+  mutable std::mutex mutex_;
+  // guarded by mutex_
+  CopyEngine engine_;
+  mutable DeviceSlots slots_;
+  std::vector<HostImagePtr> images_;           // by unit
+  std::vector<std::exception_ptr> failures_;   // by unit: to be thrown by the next acquire
+  std::vector<int> order_;                     // units
+  std::vector<int> place_;                     // by unit: where it stands in order_
+  int next_ = 0;                               // the place in order_ that is needed next
+  bool closed_ = false;
+  PrefetchStats stats_;
+  std::array<Record, 48> records_{};
+  std::uint64_t recorded_ = 0;
+};
+
+}  // namespace wanoffload

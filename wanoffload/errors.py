@@ -1,0 +1,56 @@
+"""Every error of this package is an `OffloadError`; the engine's own come from the extension."""
+
+from wanoffload._C import (
+    BackendError,
+    ClosedError,
+    HostMemoryError,
+    OffloadError,
+    TransferError,
+    TransferTimeout,
+    UsageError,
+)
+
+__all__ = [
+    "BackendError",
+    "ClosedError",
+    "ConcurrentForwardError",
+    "GradientError",
+    "HostMemoryError",
+    "MoveError",
+    "OffloadError",
+    "TransferError",
+    "TransferTimeout",
+    "UnboundWeightError",
+    "UsageError",
+    "VerifyError",
+    "WeightChangeError",
+    "WrapError",
+]
+
+
+class WrapError(OffloadError, ValueError):
+    """The model, or an argument, is not one that `wrap` can work with."""
+
+
+class MoveError(OffloadError, ValueError):
+    """A wrapped model was asked to change its device or dtype."""
+
+
+class WeightChangeError(OffloadError, ValueError):
+    """A block's weights were changed in a way that its place in memory can't take in."""
+
+
+class GradientError(OffloadError):
+    """A forward would need gradients through streamed weights."""
+
+
+class ConcurrentForwardError(OffloadError):
+    """A second thread entered a forward of the same model."""
+
+
+class UnboundWeightError(OffloadError):
+    """A block's weights were read in a forward, but not by that block's own forward."""
+
+
+class VerifyError(OffloadError):
+    """`verify=True` found bytes on the device that are not the unit's."""

@@ -1,0 +1,232 @@
+"""Where the package stands in the way of a call: three attributes of a module's instance.
+
+`forward` (or, below the hooks of diffusers, the innermost forward), so that a block's weights are
+fetched only if the block really runs; for a block that is compiled, the compiled call instead, so
+that the compiler sees the block as it is; and `_apply`, through which `.to()` and its kin go.
+
+Each is a `functools.partial` over a function of this file and the module. Copies and pickles of the
+module copy the partial with its module, and there the binding is gone (see `Attached`), so that a
+copy is an ordinary module.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+ATTRIBUTE = "_wanoffload"
+
+
+class Attached:
+    """What hangs at a module of a wrapped model. Copies and pickles of the module lose it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+class BlockBinding(Protocol):
+    """What the hooks ask of a block's unit."""
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def exit(self) -> None: ...
+    def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]: ...
+
+
+class ModelBinding(Protocol):
+    """What the hooks ask of a model's offloader."""
+
+    def begin_forward(self) -> None: ...
+    def end_forward(self, completed: bool) -> None: ...
+    def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]: ...
+
+
+def attached(module: nn.Module) -> Any:
+    """The module's binding, or None."""
+    return module.__dict__.get(ATTRIBUTE)
+
+
+def install_on_block(block: nn.Module, binding: BlockBinding) -> None:
+    """Puts the binding in the way of the block's forward, however the block is run."""
+    block.__dict__[ATTRIBUTE] = binding
+    block.__dict__["_apply"] = functools.partial(_apply, block)
+    block.__dict__["compile"] = functools.partial(_compile, block)
+    if block._compiled_call_impl is not None:
+        _hook_compiled_call(block)
+    else:
+        _hook_forward(block, _block_forward)
+
+
+def install_on_model(model: nn.Module, binding: ModelBinding) -> None:
+    """Puts the binding in the way of the model's forward and of `.to()`."""
+    model.__dict__[ATTRIBUTE] = binding
+    model.__dict__["_apply"] = functools.partial(_apply, model)
+    _hook_forward(model, _model_forward)
+
+
+def remove(module: nn.Module) -> None:
+    """Takes out what was installed on a block or model. Hooks of others stay as they are."""
+    for name in ("_apply", "compile"):
+        if _is_ours(module.__dict__.get(name)):
+            del module.__dict__[name]
+    call = module.__dict__.get("_compiled_call_impl")
+    if _is_ours(call):
+        module._compiled_call_impl = call.args[1]
+    _unhook_forward(module)
+    module.__dict__.pop(ATTRIBUTE, None)
+
+
+_OURS: set[Any] = set()
+
+
+def _ours(function: Callable[..., Any]) -> Callable[..., Any]:
+    _OURS.add(function)
+    return function
+
+
+def _is_ours(value: Any) -> TypeGuard[functools.partial[Any]]:
+    return isinstance(value, functools.partial) and value.func in _OURS
+
+
+class _ForwardPlace:
+    """Where a module's innermost forward is kept: in its dictionary, or in diffusers' hooks.
+
+    diffusers' HookRegistry keeps, for each hook, a reference to what the hook wraps; the first
+    hook's reference is the innermost.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        registry = module.__dict__.get("_diffusers_hook")
+        references = getattr(registry, "_fn_refs", None)
+        self.module = module
+        self.holder: Any = module
+        self.name = "forward"
+        if references:
+            self.holder = references[0]
+            if self.holder.original_forward is not None:
+                self.name = "original_forward"
+
+    def get(self) -> Callable[..., Any] | None:
+        """The forward that somebody set; None for the class's own."""
+        current: Callable[..., Any] | None = self.holder.__dict__.get(self.name)
+        if getattr(current, "__func__", None) is type(self.module).forward:
+            return None
+        return current
+
+    def set(self, forward: Callable[..., Any] | None) -> None:
+        if forward is None and self.holder is self.module:
+            self.module.__dict__.pop("forward", None)
+        else:
+            setattr(self.holder, self.name, forward or self.bound_class_forward())
+
+    def bound_class_forward(self) -> Callable[..., Any]:
+        method: Callable[..., Any] = type(self.module).forward.__get__(self.module)
+        return method
+
+
+def _hook_forward(module: nn.Module, function: Callable[..., Any]) -> None:
+    place = _ForwardPlace(module)
+    inner = place.get()
+    hook = functools.partial(function, module, inner)
+    # As diffusers does: signatures are looked up through __wrapped__.
+    place.set(functools.update_wrapper(hook, inner or place.bound_class_forward()))
+
+
+def _unhook_forward(module: nn.Module) -> None:
+    place = _ForwardPlace(module)
+    current = place.get()
+    if current is not None and _is_ours(current):
+        place.set(current.args[1])
+
+
+def _call_inner(module: nn.Module, inner: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
+    if inner is not None:
+        return inner(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
+
+
+@_ours
+def _block_forward(block: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    binding: BlockBinding | None = block.__dict__.get(ATTRIBUTE)
+    if binding is None:
+        return _call_inner(block, inner, args, kwargs)
+    binding.enter(args, kwargs)
+    try:
+        return _call_inner(block, inner, args, kwargs)
+    finally:
+        binding.exit()
+
+
+@_ours
+def _model_forward(model: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        # torch.compile around the whole model: blocks must be fetched between graphs, so this
+        # forward runs eagerly (with fullgraph=True the compiler says why it can't).
+        return _uncompiled(model, inner, *args, **kwargs)
+    binding: ModelBinding | None = model.__dict__.get(ATTRIBUTE)
+    if binding is None:
+        return _call_inner(model, inner, args, kwargs)
+    binding.begin_forward()
+    completed = False
+    try:
+        output = _call_inner(model, inner, args, kwargs)
+        completed = True
+        return output
+    finally:
+        binding.end_forward(completed)
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator,unused-ignore]
+    reason="wanoffload streams the weights of this model block by block: compile its blocks with "
+    "transformer.compile_repeated_blocks(fullgraph=True) instead of the whole model"
+)
+def _uncompiled(model: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
+    return _model_forward(model, inner, *args, **kwargs)
+
+
+def _hook_compiled_call(block: nn.Module) -> None:
+    compiled = block._compiled_call_impl
+    block._compiled_call_impl = functools.partial(_compiled_call, block, compiled)
+
+
+@_ours
+def _compiled_call(block: nn.Module, compiled: Any, /, *args: Any, **kwargs: Any) -> Any:
+    binding: BlockBinding | None = block.__dict__.get(ATTRIBUTE)
+    if binding is None:
+        return compiled(*args, **kwargs)
+    binding.enter(args, kwargs)
+    try:
+        return compiled(*args, **kwargs)
+    finally:
+        binding.exit()
+
+
+@_ours
+def _compile(block: nn.Module, /, *args: Any, **kwargs: Any) -> None:
+    """Takes the place of `block.compile`: the fetch moves from inside the call to around it."""
+    if attached(block) is None:
+        return type(block).compile(block, *args, **kwargs)
+    _unhook_forward(block)
+    type(block).compile(block, *args, **kwargs)
+    _hook_compiled_call(block)
+    return None
+
+
+@_ours
+def _apply(module: nn.Module, /, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Takes the place of `module._apply`: streamed weights stay where they are."""
+    binding: BlockBinding | ModelBinding | None = attached(module)
+    with binding.moving(fn) if binding is not None else nullcontext():
+        moved: nn.Module = type(module)._apply(module, fn, recurse)
+    return moved

@@ -1,0 +1,96 @@
+"""How much memory the host still has. Asked before bytes are copied, so that too little is an
+error with numbers and not a killed process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from wanoffload.errors import HostMemoryError
+
+CGROUP = Path("/sys/fs/cgroup")
+RESERVE = 256 << 20
+"""Bytes that are left to everyone else."""
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _own_group(controller: str) -> str:
+    """This process's cgroup path: for v2 (controller "") or for a v1 controller."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return "/"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return path
+    return "/"
+
+
+def cgroup_headroom(root: Path = CGROUP) -> tuple[int, int] | None:
+    """(limit, bytes left under it) of the tightest cgroup limit of this process, v2 or v1.
+
+    Pages that only cache files count as left: the kernel gives them back first.
+    """
+    versions = (
+        (root, "", "memory.max", "memory.current", "inactive_file"),
+        (
+            root / "memory",
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    )
+    found: list[tuple[int, int]] = []
+    for base, controller, limit_file, usage_file, cache_key in versions:
+        folder = base / _own_group(controller).lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(base):
+                break
+            limit, usage = _number(group / limit_file), _number(group / usage_file)
+            if limit is not None and usage is not None and limit < 1 << 60:
+                found.append((limit, limit - usage + _cached(group / "memory.stat", cache_key)))
+    return min(found, key=lambda pair: pair[1]) if found else None
+
+
+def _cached(path: Path, key: str) -> int:
+    try:
+        rows = dict(line.split() for line in path.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(rows.get(key, 0))
+
+
+def available_bytes() -> int:
+    """Bytes that this process can still take, by what the machine and its cgroup say.
+
+    A limit above the machine's present total is believed alone: virtual machines that are given
+    memory as they use it start with a small total.
+    """
+    memory = psutil.virtual_memory()
+    group = cgroup_headroom()
+    if group is None:
+        return int(memory.available)
+    limit, left = group
+    return left if limit > memory.total else min(left, int(memory.available))
+
+
+def require(nbytes: int, purpose: str) -> None:
+    """Raises HostMemoryError unless `nbytes` more can be taken, with a reserve left."""
+    available = available_bytes()
+    if nbytes + RESERVE > available:
+        raise HostMemoryError(
+            f"{purpose} needs {nbytes / 1e9:.2f} GB of host memory (and {RESERVE / 1e9:.2f} GB "
+            f"must stay free), but {available / 1e9:.2f} GB are available. Free host memory (other "
+            "references to the model's tensors, such as a state_dict, count), or use a smaller "
+            "model."
+        )

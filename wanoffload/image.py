@@ -1,0 +1,108 @@
+"""Images: a unit's tensors as one run of bytes, and views back into it.
+
+An image is laid out once. Its bytes are then the same wherever they stand: in host memory, in the
+pinned ring, in a device slot, later in a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanoffload._C import HostImage
+
+ALIGNMENT = 256
+"""Bytes between which tensors start: what the strictest kernels (fp8, vectorised loads) ask for."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one tensor stands in an image."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The table of an image: its tensors in order, none overlapping, and its size in bytes."""
+
+    specs: tuple[TensorSpec, ...]
+    nbytes: int
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes`, rounded up to where the next tensor may start."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def lay_out(tensors: Iterable[tuple[str, Tensor]]) -> ImageLayout:
+    """Places named tensors one after the other.
+
+    Strides are kept wherever a tensor fills its memory without gaps (transposed, channels last);
+    a tensor with gaps or repeats is stored densely, in the order of its strides.
+    """
+    specs = []
+    offset = 0
+    for name, tensor in tensors:
+        stride = torch.empty_like(tensor, device="meta").stride()
+        spec = TensorSpec(name, tensor.dtype, tensor.shape, stride, offset)
+        specs.append(spec)
+        offset += aligned(spec.nbytes)
+    return ImageLayout(tuple(specs), offset)
+
+
+def _typed(flat: Tensor, spec: TensorSpec) -> Tensor:
+    return flat.view(spec.dtype).as_strided(spec.shape, spec.stride)
+
+
+def device_view(spec: TensorSpec, memory: Tensor, start: int) -> Tensor:
+    """The tensor inside `memory` (uint8, 1-d), where its image begins at byte `start`. No copy."""
+    if spec.nbytes == 0:
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=memory.device)
+    first = start + spec.offset
+    return _typed(memory[first : first + spec.nbytes], spec)
+
+
+def host_view(spec: TensorSpec, image: HostImage) -> Tensor:
+    """The tensor over the image's host bytes, with a storage of its own. No copy.
+
+    Its own storage, so that saving one tensor saves one tensor. It keeps the image alive.
+    """
+    if spec.nbytes == 0:
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
+    window = memoryview(image)[spec.offset : spec.offset + spec.nbytes]
+    return _typed(torch.frombuffer(window, dtype=torch.uint8), spec)
+
+
+def write_image(image: HostImage, layout: ImageLayout, tensors: list[Tensor], lock: bool) -> None:
+    """Copies the tensors into the image, which they fill as `layout` says, and page-locks it.
+
+    Tensors in host memory are copied by many threads, the first touch of the image's pages.
+    Others (on a device, or with gaps) are copied by torch, from a device after locking, at the
+    link's rate.
+    """
+    pieces = []
+    others = []
+    for spec, tensor in zip(layout.specs, tensors, strict=True):
+        source = tensor.detach().resolve_conj().resolve_neg()
+        if source.device.type == "cpu" and source.stride() == spec.stride:
+            pieces.append((source.data_ptr(), spec.offset, spec.nbytes))
+        else:
+            others.append((spec, source))
+    image.fill(pieces)
+    if lock:
+        image.lock()
+    for spec, source in others:
+        host_view(spec, image).copy_(source)

@@ -1,0 +1,177 @@
+"""Units: what is fetched at once, and in which order. Plain looking; nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wanoffload.errors import WrapError
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One place where a parameter stands: `owner._parameters[key]`."""
+
+    owner: nn.Module
+    key: str
+    name: str  # inside the unit, as in its state_dict
+
+    @property
+    def tensor(self) -> Tensor:
+        tensor = self.owner._parameters[self.key]
+        assert tensor is not None
+        return tensor
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block and its streamed parameters. `groups`: entries of one tensor (ties) together."""
+
+    name: str
+    module: nn.Module
+    groups: tuple[tuple[Entry, ...], ...]
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """The model's blocks in the order in which its forward is expected to call them.
+
+    Blocks are the items of the ModuleLists that are direct children of the model. The order is the
+    class's own where it is declared below, else that of the lists; the runtime corrects it after
+    the first forward. A parameter that appears in more than one block, or also outside the blocks,
+    is left out of all: it stays on the device.
+    """
+    blocks = list(_ordered_blocks(model))
+    homes = _homes_of_parameters(model, blocks)
+    units = []
+    for name, module in blocks:
+        groups: dict[object, list[Entry]] = {}
+        for entry in entries_of(module):
+            if homes[tie_key(entry.tensor)] == {name}:
+                groups.setdefault(tie_key(entry.tensor), []).append(entry)
+        if groups:
+            units.append(Unit(name, module, tuple(tuple(group) for group in groups.values())))
+    if not units:
+        raise WrapError(
+            f"{type(model).__name__} has no block to stream: no ModuleList among its direct "
+            "children holds modules with parameters of their own"
+        )
+    return units
+
+
+def entries_of(module: nn.Module) -> Iterator[Entry]:
+    """Every place in a module (and below) where a parameter stands."""
+    for prefix, owner in module.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield Entry(owner, key, f"{prefix}.{key}" if prefix else key)
+
+
+def tie_key(tensor: Tensor) -> object:
+    """Equal for tensors that are the same memory seen in the same way."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _homes_of_parameters(
+    model: nn.Module, blocks: list[tuple[str, nn.Module]]
+) -> dict[object, set[str]]:
+    """For each parameter, the blocks where it appears; "" stands for outside of all."""
+    homes: dict[object, set[str]] = {}
+    inside: set[int] = set()
+    for name, block in blocks:
+        inside.update(id(module) for module in block.modules())
+        for entry in entries_of(block):
+            homes.setdefault(tie_key(entry.tensor), set()).add(name)
+    for entry in entries_of(model):
+        if id(entry.owner) not in inside:
+            homes.setdefault(tie_key(entry.tensor), set()).add("")
+    return homes
+
+
+def _ordered_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    lists = {
+        name: [(f"{name}.{i}", block) for i, block in enumerate(child)]
+        for name, child in model.named_children()
+        if isinstance(child, nn.ModuleList)
+    }
+    order = _DECLARED.get(type(model).__name__, _as_registered)
+    seen: set[int] = set()
+    for name, block in order(model, lists):
+        # A block that stands twice (a looped layer) is one unit.
+        if not isinstance(block, CONTAINERS) and id(block) not in seen:
+            seen.add(id(block))
+            yield name, block
+
+
+Named = tuple[str, nn.Module]
+Lists = dict[str, list[Named]]
+
+
+def _as_registered(_: nn.Module, lists: Lists) -> Iterator[Named]:
+    for blocks in lists.values():
+        yield from blocks
+
+
+def _vace(_: nn.Module, lists: Lists) -> Iterator[Named]:
+    """VACE computes all its hints before the first ordinary block."""
+    yield from lists.pop("vace_blocks", [])
+    yield from _as_registered(_, lists)
+
+
+def _animate(model: nn.Module, lists: Lists) -> Iterator[Named]:
+    """Animate runs one face block behind every `inject_face_latents_blocks`-th ordinary one."""
+    faces = lists.pop("face_adapter", [])
+    blocks = lists.pop("blocks", [])
+    every: int = getattr(getattr(model, "config", None), "inject_face_latents_blocks", 5)
+    for i, block in enumerate(blocks):
+        yield block
+        if i % every == 0 and i // every < len(faces):
+            yield faces[i // every]
+    yield from faces[-(-len(blocks) // every) :]
+    yield from _as_registered(model, lists)
+
+
+_DECLARED: dict[str, Callable[[nn.Module, Lists], Iterator[Named]]] = {
+    "WanVACETransformer3DModel": _vace,
+    "WanAnimateTransformer3DModel": _animate,
+}
+
+
+def check_wrappable(model: nn.Module) -> None:
+    """Raises WrapError for models that someone else moves, or whose weights are not plain bytes."""
+    for name, module in model.named_modules():
+        where = f"{type(model).__name__}.{name}" if name else type(model).__name__
+        if hasattr(module, "_hf_hook"):
+            raise WrapError(
+                f"{where} has an accelerate hook (enable_model_cpu_offload, device_map, ...), "
+                "which moves its weights too. Remove it first, for example with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+            )
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in ("group_offloading", "layerwise_casting"):
+            if registry is not None and registry.get_hook(hook) is not None:
+                raise WrapError(
+                    f"{where} has diffusers' hook {hook!r}, which replaces its weights too. Load "
+                    "the model again without it, or remove the hook."
+                )
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                _check_parameter(f"{where}.{key}", parameter)
+
+
+def _check_parameter(where: str, parameter: Tensor) -> None:
+    if parameter.device.type == "meta":
+        raise WrapError(f"{where} is on the meta device: it has no value. Load the weights first.")
+    if type(parameter) not in (nn.Parameter, Tensor):
+        raise WrapError(
+            f"{where} is a {type(parameter).__name__}; only plain parameters can be streamed "
+            "(quantized and distributed tensors can't yet)"
+        )
+    if parameter.layout != torch.strided:
+        raise WrapError(f"{where} has layout {parameter.layout}; only dense tensors are streamed")

@@ -1,0 +1,279 @@
+"""`wrap` and `unwrap`: from an ordinary model to a streamed one in place, and back."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from wanoffload import hooks, host_memory, image, units
+from wanoffload._C import Backend, HostStore
+from wanoffload.errors import WrapError
+from wanoffload.runtime import Binding, Offloader, SlotMemory, backend_for, ordinary_tensors
+from wanoffload.units import Unit, check_wrappable, find_units, tie_key
+
+logger = logging.getLogger(__name__)
+
+HOST_KINDS = ("pinned", "pageable")
+
+
+def wrap(
+    transformer: nn.Module,
+    prefetch: int = 2,
+    *,
+    device: torch.device | str | int | None = None,
+    host: str = "pinned",
+    verify: bool = False,
+) -> nn.Module:
+    """Streams a transformer's blocks through a few slots of device memory. In place.
+
+    The weights of the blocks move into host memory of this package, one exact image a block, and
+    the tensors they came from are let go one block at a time. Everything else of the model moves to
+    `device`. Outputs are those of the resident model, bit for bit.
+
+    Outside a forward the model tells the truth: parameters, `state_dict()`, `save_pretrained()`
+    give the true values (block weights as CPU tensors), and writes to them take effect in the next
+    forward. `.to(device)` works for the same device only.
+
+    Args:
+        transformer: a diffusers transformer, or any module whose repeated blocks are the items of
+            ModuleLists that are its direct children. Its weights may be on the host or on a device.
+        prefetch: blocks fetched ahead of the one that computes; the device holds `prefetch + 1`
+            slots of the largest block's size (never more than there are blocks). 0 fetches each
+            block when it is needed. 1 is enough to hide copies behind compute; 2 evens out blocks
+            of different length.
+        device: where it computes. Default: the current CUDA device, else the CPU, where the same
+            engine runs on threads.
+        host: "pinned" (page-locked memory, one copy at the link's rate) or "pageable" (ordinary
+            memory, copied through a page-locked ring of 128 MiB).
+        verify: debug. Every block is checked against a fingerprint of its host bytes before use
+            and after; waits for the device at every block.
+
+    Returns:
+        The same module.
+
+    Raises:
+        WrapError: the model or an argument can't be used; says what to do.
+        HostMemoryError: too little host memory. The model is as it was.
+        torch.OutOfMemoryError: too little device memory for the slots. The model is as it was.
+    """
+    _check_arguments(transformer, prefetch, host, verify)
+    check_wrappable(transformer)
+    target = _resolve_device(device)
+    found = find_units(transformer)
+    with ordinary_tensors():
+        _Wrapping(transformer, found, target, backend_for(target), host, prefetch, verify).run()
+    return transformer
+
+
+def unwrap(transformer: nn.Module, device: torch.device | str | int = "cpu") -> nn.Module:
+    """Makes a wrapped transformer an ordinary module again, in place, and moves it to `device`.
+
+    Values are the same; on "cpu" the block weights stay in the memory where they are, without a
+    copy, no longer page-locked. Hooks of others (caches, compiled blocks, LoRA) stay. A module that
+    is not wrapped raises WrapError.
+    """
+    runtime = offloader(transformer)
+    with ordinary_tensors():
+        runtime.close()
+        hooks.remove(transformer)
+        for binding in runtime.bindings:
+            hooks.remove(binding.unit.module)
+            binding.give_back()
+        transformer.to(torch.device(device))
+    return transformer
+
+
+def offloader(transformer: nn.Module) -> Offloader:
+    """The runtime of a wrapped transformer: its statistics, its events, `close()`."""
+    runtime = hooks.attached(transformer) if isinstance(transformer, nn.Module) else None
+    if not isinstance(runtime, Offloader):
+        raise WrapError(f"this {type(transformer).__name__} is not wrapped: see wanoffload.wrap()")
+    return runtime
+
+
+def _check_arguments(transformer: nn.Module, prefetch: int, host: str, verify: bool) -> None:
+    if not isinstance(transformer, nn.Module):
+        raise WrapError(
+            f"wrap() takes a transformer (an nn.Module), not a {type(transformer).__name__}; of a "
+            "pipeline, wrap pipe.transformer (and pipe.transformer_2)"
+        )
+    for name, module in transformer.named_modules():
+        if hooks.attached(module) is not None:
+            where = f"its part {name}" if name else "it"
+            raise WrapError(
+                f"this {type(transformer).__name__} is already wrapped ({where}). Call "
+                "wanoffload.unwrap() first to wrap it in another way or on another device."
+            )
+    if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+        raise WrapError(f"prefetch is a number of blocks, 0 or more, not {prefetch!r}")
+    if host not in HOST_KINDS:
+        raise WrapError(f"host is one of {', '.join(map(repr, HOST_KINDS))}, not {host!r}")
+    if not isinstance(verify, bool):
+        raise WrapError(f"verify is True or False, not {verify!r}")
+
+
+def _resolve_device(device: torch.device | str | int | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise WrapError(f"{device!r} is not a device: {error}") from None
+    if target.type == "cpu":
+        return torch.device("cpu")
+    if target.type != "cuda":
+        raise WrapError(f"device {target} is not supported: use a CUDA device or 'cpu'")
+    if not torch.cuda.is_available():
+        raise WrapError(f"device {target} was asked for, but torch sees no CUDA device")
+    if (target.index or 0) >= torch.cuda.device_count():
+        raise WrapError(f"there is no {target}: torch sees {torch.cuda.device_count()} devices")
+    index = torch.cuda.current_device() if target.index is None else target.index
+    torch.cuda.init()
+    return torch.device("cuda", index)
+
+
+class _Wrapping:
+    """One call of `wrap`: everything it has changed so far, so that it can be taken back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: list[Unit],
+        device: torch.device,
+        backend: Backend,
+        host: str,
+        prefetch: int,
+        verify: bool,
+    ) -> None:
+        self.model = model
+        self.units = found
+        self.device = device
+        self.backend = backend
+        self.lock = host == "pinned"
+        self.prefetch = prefetch
+        self.verify = verify
+        self.layouts = [
+            image.lay_out((group[0].name, group[0].tensor) for group in unit.groups)
+            for unit in found
+        ]
+        self.moved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self.runtime: Offloader | None = None
+        self.bound: list[Binding] = []
+        self.sources: list[list[torch.device]] = []
+
+    def run(self) -> None:
+        self._check_host_memory()
+        try:
+            self._make_runtime()
+            self._move_others()
+            self._move_units()
+            self._connect()
+        except BaseException:
+            self._take_back()
+            raise
+        if self.device.type == "cuda" and self._units_were_on_device():
+            torch.cuda.empty_cache()  # the blocks' memory belongs to others now
+
+    def _units_were_on_device(self) -> bool:
+        return any(d.type == "cuda" for devices in self.sources for d in devices)
+
+    def _check_host_memory(self) -> None:
+        """What is still to be taken: blocks on the host are moved one at a time, not copied."""
+        from_device = sum(
+            layout.nbytes
+            for unit, layout in zip(self.units, self.layouts, strict=True)
+            if unit.groups[0][0].tensor.device.type != "cpu"
+        )
+        largest = max(layout.nbytes for layout in self.layouts)
+        total = sum(layout.nbytes for layout in self.layouts)
+        host_memory.require(
+            from_device + largest,
+            f"wrapping {type(self.model).__name__} ({len(self.units)} blocks of "
+            f"{total / 1e9:.2f} GB in all, moved one at a time)",
+        )
+
+    def _make_runtime(self) -> None:
+        slot_bytes = max(layout.nbytes for layout in self.layouts)
+        count = min(self.prefetch + 1, len(self.units))
+        self.runtime = Offloader(
+            device=self.device,
+            backend=self.backend,
+            slots=SlotMemory(count, slot_bytes, self.device),
+            prefetch=self.prefetch,
+            verify=self.verify,
+        )
+
+    def _move_others(self) -> None:
+        """Brings to the device what is not streamed: other weights, all buffers. Ties stay ties."""
+        assert self.runtime is not None
+        streamed = {
+            id(entry.tensor) for unit in self.units for group in unit.groups for entry in group
+        }
+        done: dict[object, Tensor] = {}
+        for owner in self.model.modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is None or id(parameter) in streamed:
+                    continue
+                self.runtime.resident_ids.add(id(parameter))
+                if parameter.device != self.device:
+                    self.moved.append((owner, key, parameter, parameter.data))
+                    kin = tie_key(parameter)
+                    if kin not in done:
+                        done[kin] = parameter.data.to(self.device)
+                    parameter.data = done[kin]
+            for key, buffer in owner._buffers.items():
+                if buffer is not None and buffer.device != self.device:
+                    self.moved.append((owner, key, buffer, buffer))
+                    owner._buffers[key] = buffer.to(self.device)
+
+    def _move_units(self) -> None:
+        assert self.runtime is not None
+        store = HostStore(self.backend)
+        total = sum(layout.nbytes for layout in self.layouts)
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="wrap", leave=False, delay=1.0
+        ) as progress:
+            for unit, layout in zip(self.units, self.layouts, strict=True):
+                host_memory.require(layout.nbytes, f"the image of {unit.name}")
+                memory = store.allocate(layout.nbytes)
+                tensors = [group[0].tensor for group in unit.groups]
+                self.sources.append([tensor.device for tensor in tensors])
+                image.write_image(memory, layout, tensors, self.lock)
+                binding = Binding(self.runtime, unit, layout, memory)
+                self.bound.append(binding)
+                binding.make_weights()
+                progress.update(layout.nbytes)
+
+    def _connect(self) -> None:
+        assert self.runtime is not None
+        for binding in self.bound:
+            self.runtime.add(binding)
+        for binding in self.bound:
+            hooks.install_on_block(binding.unit.module, binding)
+        hooks.install_on_model(self.model, self.runtime)
+        self.runtime.start()
+
+    def _take_back(self) -> None:
+        """The model as it was: weights where they were, no hooks, nothing page-locked."""
+        hooks.remove(self.model)
+        for unit in self.units:
+            hooks.remove(unit.module)
+        if self.runtime is not None:
+            self.runtime.close()
+        for binding, devices in zip(self.bound, self.sources, strict=False):
+            binding.image.unlock()
+            binding.give_back()
+            for group, device in zip(binding.unit.groups, devices, strict=True):
+                parameter = group[0].tensor
+                parameter.data = parameter.data.to(device)
+        for owner, key, tensor, data in reversed(self.moved):
+            if key in owner._buffers:
+                owner._buffers[key] = tensor
+            else:
+                tensor.data = data
+
+
+__all__ = ["HOST_KINDS", "offloader", "units", "unwrap", "wrap"]
