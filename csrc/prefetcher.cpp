@@ -287,7 +287,7 @@ std::string Prefetcher::why(int unit, int slot, const std::exception& cause) con
 
 void Prefetcher::close() {
   const std::lock_guard lock(mutex_);
-  if (closed_) return;
+  if (drained_) return;
   closed_ = true;
   engine_.close();
   for (int i = 0; i < slots_.size(); ++i) {
@@ -299,6 +299,7 @@ void Prefetcher::close() {
     slots_[i].transfer.image = nullptr;
   }
   images_.clear();
+  drained_ = true;
 }
 
 }  // namespace wanoffload

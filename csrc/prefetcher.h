@@ -80,7 +80,8 @@ class Prefetcher {
   [[nodiscard]] std::string recent_events() const;
 
   // Waits for copies and readers, then gives everything back; the slots' memory may be freed
-  // afterwards. Idempotent. Everything else throws ClosedError from here on.
+  // afterwards. Idempotent, and to be called again if it throws. Everything else throws ClosedError
+  // from here on.
   void close();
 
  private:
@@ -117,6 +118,7 @@ class Prefetcher {
   std::vector<int> place_;                     // by unit: where it stands in order_
   int next_ = 0;                               // the place in order_ that is needed next
   bool closed_ = false;
+  bool drained_ = false;  // and nothing is in flight any more
   PrefetchStats stats_;
   std::array<Record, 48> records_{};
   std::uint64_t recorded_ = 0;

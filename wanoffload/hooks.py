@@ -70,6 +70,7 @@ def install_on_block(block: nn.Module, binding: BlockBinding) -> None:
 
 def install_on_model(model: nn.Module, binding: ModelBinding) -> None:
     """Puts the binding in the way of the model's forward and of `.to()`."""
+    _make_uncompiled()
     model.__dict__[ATTRIBUTE] = binding
     model.__dict__["_apply"] = functools.partial(_apply, model)
     _hook_forward(model, _model_forward)
@@ -136,6 +137,7 @@ class _ForwardPlace:
 
 
 def _hook_forward(module: nn.Module, function: Callable[..., Any]) -> None:
+    _unhook_forward(module)  # what a copy of a wrapped module was born with
     place = _ForwardPlace(module)
     inner = place.get()
     hook = functools.partial(function, module, inner)
@@ -173,7 +175,7 @@ def _model_forward(model: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -
     if torch.compiler.is_compiling():
         # torch.compile around the whole model: blocks must be fetched between graphs, so this
         # forward runs eagerly (with fullgraph=True the compiler says why it can't).
-        return _uncompiled(model, inner, *args, **kwargs)
+        return _uncompiled(model, inner, *args, **kwargs)  # type: ignore[misc]
     binding: ModelBinding | None = model.__dict__.get(ATTRIBUTE)
     if binding is None:
         return _call_inner(model, inner, args, kwargs)
@@ -187,12 +189,18 @@ def _model_forward(model: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -
         binding.end_forward(completed)
 
 
-@torch.compiler.disable(  # type: ignore[untyped-decorator,unused-ignore]
-    reason="wanoffload streams the weights of this model block by block: compile its blocks with "
-    "transformer.compile_repeated_blocks(fullgraph=True) instead of the whole model"
-)
-def _uncompiled(model: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
-    return _model_forward(model, inner, *args, **kwargs)
+# _model_forward behind a wall for the compiler. Made when a model is first wrapped: making it
+# imports the compiler, which takes seconds.
+_uncompiled: Callable[..., Any] | None = None
+
+
+def _make_uncompiled() -> None:
+    global _uncompiled
+    _uncompiled = _uncompiled or torch.compiler.disable(
+        _model_forward,
+        reason="wanoffload streams the weights of this model block by block: compile its blocks, "
+        "with transformer.compile_repeated_blocks(fullgraph=True), and not the whole model",
+    )
 
 
 def _hook_compiled_call(block: nn.Module) -> None:

@@ -74,7 +74,14 @@ class HostTensor(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        source = value._plain if isinstance(value, HostTensor) else value
+        self.assign(value)
+
+    def assign(self, value: Tensor) -> None:
+        """Takes over the values of a tensor of the same shape and dtype, on any device.
+
+        Raises WeightChangeError for any other: this tensor's place in memory is fixed.
+        """
+        source = (value._plain if isinstance(value, HostTensor) else value).detach()
         same = source.shape == self.shape and source.dtype == self.dtype
         if same and source.data_ptr() == self.data_ptr() and source.stride() == self.stride():
             return
@@ -85,8 +92,10 @@ class HostTensor(torch.Tensor):
                 f"{tuple(source.shape)} {source.dtype} on {source.device} while the model is "
                 "wrapped. Call wanoffload.unwrap() first, change it, and wrap again."
             )
+        if self._guard is not None:
+            self._guard.before_write()
         with torch.no_grad():
-            self.copy_(source)
+            self._plain.copy_(source)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -174,7 +174,7 @@ class Binding(hooks.Attached):
                 "changing what a block consists of, and wrap again."
             )
         try:
-            weight.data = new.detach()
+            weight.assign(new)
         except WeightChangeError as error:
             raise WeightChangeError(f"{name} was replaced: {error}") from None
         weight.requires_grad_(new.requires_grad)
