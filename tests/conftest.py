@@ -1,0 +1,35 @@
+"""Fixtures: the device a test runs on, and the backend of an engine without a model."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Kernels run in Triton's interpreter where there is no GPU. Before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests for a GPU are deselected where there is none; pytest's summary counts them."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the model computes: the host backend, and CUDA where there is one."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers in every run; a test that wants others seeds again."""
+    torch.manual_seed(20260)
