@@ -17,7 +17,7 @@ unsigned ring_threads(unsigned wanted) {
 }  // namespace
 
 CopyEngine::CopyEngine(BackendPtr backend, EngineOptions options)
-    : backend_(std::move(backend)), options_(options), stream_(backend_), idle_(backend_) {
+    : backend_(std::move(backend)), options_(options), idle_(backend_), stream_(backend_) {
   queue_.reserve(64);
 }
 
@@ -74,8 +74,8 @@ void CopyEngine::submit_locked(Transfer& transfer) {
   }
   begin(transfer);
   if (transfer.image->bytes() > 0) {
-    backend_->copy_to_device(transfer.destination, transfer.image->data(),
-                             transfer.image->bytes(), stream());
+    backend_->copy_to_device(transfer.destination, transfer.image->data(), transfer.image->bytes(),
+                             stream());
   }
   finish(transfer);
 }
@@ -92,6 +92,11 @@ void CopyEngine::wait_settled(Transfer& transfer) {
 bool CopyEngine::settled(const Transfer& transfer) const {
   const std::lock_guard lock(mutex_);
   return transfer.settled_;
+}
+
+void CopyEngine::drain() {
+  backend_->record(idle_.handle(), stream());
+  synchronize(*backend_, idle_.handle(), options_.timeout);
 }
 
 std::size_t CopyEngine::chunks_of(const Transfer& transfer) const {
@@ -113,6 +118,7 @@ std::optional<CopyEngine::Task> CopyEngine::take_task() {
     Transfer& transfer = *queue_.front();
     task = {&transfer, transfer.next_chunk_++, next_turn_++, {}};
     if (transfer.next_chunk_ == chunks_of(transfer)) queue_.erase(queue_.begin());
+    if (transfer.error_) return task;  // no buffer: do not wait for the device once more
   }
   try {
     task.buffer = ring_->check_out(options_.timeout);
@@ -126,8 +132,7 @@ std::optional<CopyEngine::Task> CopyEngine::take_task() {
 // Copies without a lock, then waits for its turn: chunks are enqueued in the order they were taken.
 void CopyEngine::carry_out(const Task& task) {
   const std::size_t offset = task.chunk * ring_->chunk_bytes();
-  const std::size_t bytes =
-      std::min(ring_->chunk_bytes(), task.transfer->image->bytes() - offset);
+  const std::size_t bytes = std::min(ring_->chunk_bytes(), task.transfer->image->bytes() - offset);
   if (task.buffer.data != nullptr) {
     std::memcpy(task.buffer.data, task.transfer->image->data() + offset, bytes);
   }
@@ -199,8 +204,7 @@ void CopyEngine::close() {
     queue_.clear();
     changed_.notify_all();
   }
-  backend_->record(idle_.handle(), stream());
-  synchronize(*backend_, idle_.handle(), options_.timeout);
+  drain();
 }
 
 }  // namespace wanoffload

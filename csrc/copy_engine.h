@@ -77,6 +77,9 @@ class CopyEngine {
   // for the device. Throws TransferTimeout.
   void wait_settled(Transfer& transfer);
   [[nodiscard]] bool settled(const Transfer& transfer) const;
+  // Waits for the device until every copy enqueued so far has ended. Throws TransferTimeout. One
+  // thread at a time.
+  void drain();
 
   // Settles what is queued (with ClosedError), ends the threads, waits for the copies in flight.
   // Idempotent. The destructor does it too, and reports an error instead of throwing it.
@@ -105,9 +108,9 @@ class CopyEngine {
   const BackendPtr backend_;
   const EngineOptions options_;
   std::atomic<int> poison_{kNoPoison};
-  Stream stream_;
-  Event idle_;  // for close()
+  Event idle_;  // for drain()
   std::optional<PinnedRing> ring_;
+  Stream stream_;  // behind what its copies use: it goes first, and on the host it drains then
 
   std::mutex intake_;  // held from choosing a chunk to having a buffer for it: buffers are handed
                        // out in the order of turns, so the next turn always has one

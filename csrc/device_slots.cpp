@@ -35,12 +35,10 @@ void DeviceSlots::fill(int index, int unit, const HostImagePtr& image, CopyEngin
                      std::to_string(slot_bytes_));
   }
   drop(index);
+  record_reads(slot);
   slot.transfer.wait_for.clear();
-  for (SlotReader& reader : slot.readers) {
-    if (!reader.read) continue;
-    if (!reader.recorded) backend_->record(reader.free.handle(), reader.stream);
-    reader.recorded = true;
-    slot.transfer.wait_for.push_back(reader.free.handle());
+  for (const SlotReader& reader : slot.readers) {
+    if (reader.read) slot.transfer.wait_for.push_back(reader.free.handle());
   }
   slot.transfer.image = image;
   slot.transfer.generation = ++slot.generation;
@@ -72,12 +70,30 @@ void DeviceSlots::end_read(int index, StreamHandle stream) {
   Slot& slot = (*this)[index];
   SlotReader& reader = reader_of(slot, stream);
   --slot.users;
+  reader.read = true;  // it may not be the stream that the slot was acquired for
   reader.recorded = false;
   backend_->record(reader.free.handle(), stream);
   reader.recorded = true;
 }
 
 void DeviceSlots::drop(int index) { (*this)[index].unit = kNoUnit; }
+
+void DeviceSlots::wait_for_readers(int index, Milliseconds timeout) {
+  Slot& slot = (*this)[index];
+  record_reads(slot);
+  for (const SlotReader& reader : slot.readers) {
+    if (reader.read) synchronize(*backend_, reader.free.handle(), timeout);
+  }
+}
+
+// Makes up for reads whose event is not there: not released, or it could not be recorded.
+void DeviceSlots::record_reads(Slot& slot) {
+  for (SlotReader& reader : slot.readers) {
+    if (!reader.read || reader.recorded) continue;
+    backend_->record(reader.free.handle(), reader.stream);
+    reader.recorded = true;
+  }
+}
 
 SlotReader& DeviceSlots::reader_of(Slot& slot, StreamHandle stream) {
   for (SlotReader& reader : slot.readers) {

@@ -58,9 +58,12 @@ class DeviceSlots {
   void end_read(int slot, StreamHandle stream);
   // The slot belongs to nobody. Later fills still wait for its readers.
   void drop(int slot);
+  // Waits for the device until the slot's readers have finished, released or not.
+  void wait_for_readers(int slot, Milliseconds timeout);
 
  private:
   SlotReader& reader_of(Slot& slot, StreamHandle stream);
+  void record_reads(Slot& slot);
 
   const BackendPtr backend_;
   const std::size_t slot_bytes_;

@@ -23,7 +23,8 @@ constexpr std::size_t kMaxLockBytes = std::size_t{64} << 30;
 std::size_t round_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
 
 StoreOptions resolved(StoreOptions options) {
-  if (options.threads == 0) options.threads = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+  if (options.threads == 0)
+    options.threads = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
   return options;
 }
 

@@ -76,7 +76,8 @@ void bind_host_store(py::module_& m) {
                                static_cast<py::ssize_t>(self.bytes()));
       })
       .def_property_readonly(
-          "address", [](const HostImage& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
+          "address",
+          [](const HostImage& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
       .def_property_readonly("nbytes", &HostImage::bytes)
       .def_property_readonly("locked", &HostImage::locked)
       .def(
@@ -99,8 +100,7 @@ void bind_host_store(py::module_& m) {
              return std::make_unique<HostStore>(std::move(backend),
                                                 StoreOptions{huge_pages, threads});
            }),
-           py::arg("backend"), py::kw_only(), py::arg("huge_pages") = true,
-           py::arg("threads") = 0U)
+           py::arg("backend"), py::kw_only(), py::arg("huge_pages") = true, py::arg("threads") = 0U)
       .def("allocate", &HostStore::allocate, py::arg("nbytes"))
       .def_property_readonly("mapped_bytes", &HostStore::mapped_bytes)
       .def_property_readonly("locked_bytes", &HostStore::locked_bytes);
@@ -139,7 +139,8 @@ void bind_ring(py::module_& m) {
           },
           py::arg("index"), py::arg("stream"), NoGil())
       .def(
-          "give_back", [](PinnedRing& self, std::size_t index) { self.give_back({nullptr, index}); },
+          "give_back",
+          [](PinnedRing& self, std::size_t index) { self.give_back({nullptr, index}); },
           py::arg("index"));
 }
 
@@ -154,21 +155,25 @@ void bind_prefetcher(py::module_& m) {
 
   // Its destructor joins threads that may want the interpreter's lock.
   py::class_<Prefetcher>(m, "Prefetcher", py::release_gil_before_calling_cpp_dtor())
-      .def(py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
-                       std::size_t slot_bytes, int depth, std::size_t ring_chunks,
-                       std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms) {
-             PrefetchOptions options;
-             options.depth = depth;
-             options.engine.ring_chunks = ring_chunks;
-             options.engine.ring_chunk_bytes = ring_chunk_bytes;
-             options.engine.threads = threads;
-             options.engine.timeout = Milliseconds(timeout_ms);
-             return std::make_unique<Prefetcher>(backend, slots, slot_bytes, options);
-           }),
-           py::arg("backend"), py::arg("slots"), py::arg("slot_bytes"), py::kw_only(),
-           py::arg("depth"), py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
-           py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes,
-           py::arg("threads") = 0U, py::arg("timeout_ms") = 60'000)
+      .def(
+          py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
+                      std::size_t slot_bytes, const py::object&, int depth, std::size_t ring_chunks,
+                      std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms) {
+            PrefetchOptions options;
+            options.depth = depth;
+            options.engine.ring_chunks = ring_chunks;
+            options.engine.ring_chunk_bytes = ring_chunk_bytes;
+            options.engine.threads = threads;
+            options.engine.timeout = Milliseconds(timeout_ms);
+            return std::make_unique<Prefetcher>(backend, slots, slot_bytes, options);
+          }),
+          // Its destructor waits for copies into the slots: their owner must live until then,
+          // in whatever order a garbage collection takes things apart.
+          py::keep_alive<1, 5>(), py::arg("backend"), py::arg("slots"), py::arg("slot_bytes"),
+          py::arg("owner"), py::kw_only(), py::arg("depth"),
+          py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
+          py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
+          py::arg("timeout_ms") = 60'000)
       .def("add_unit", &Prefetcher::add_unit, py::arg("image"), NoGil())
       .def("set_order", &Prefetcher::set_order, py::arg("units"), NoGil())
       .def("order", &Prefetcher::order, NoGil())

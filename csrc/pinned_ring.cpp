@@ -37,6 +37,7 @@ PinnedRing::Chunk PinnedRing::check_out(Milliseconds timeout) {
       } catch (...) {
         lock.lock();
         in_flight_.push_front(index);
+        changed_.notify_all();
         throw;
       }
       return {memory_->data() + index * chunk_bytes_, index};

@@ -13,8 +13,8 @@ Prefetcher::Prefetcher(const BackendPtr& backend, const std::vector<DeviceAddres
                        std::size_t slot_bytes, PrefetchOptions options)
     : backend_(backend),
       options_(options),
-      engine_(backend, options.engine),
-      slots_(backend, slots, slot_bytes) {
+      slots_(backend, slots, slot_bytes),
+      engine_(backend, options.engine) {
   if (options.depth < 0) throw UsageError("prefetch must be 0 or more");
 }
 
@@ -28,12 +28,13 @@ Prefetcher::~Prefetcher() {
 
 int Prefetcher::add_unit(HostImagePtr image) {
   const std::lock_guard lock(mutex_);
+  check_open();
   if (image->bytes() > slots_.slot_bytes()) {
     throw UsageError("a unit of " + std::to_string(image->bytes()) + " bytes in slots of " +
                      std::to_string(slots_.slot_bytes()));
   }
   if (!image->locked()) engine_.prepare_ring();
-  const int unit = unit_count();
+  const int unit = units();
   images_.push_back(std::move(image));
   failures_.emplace_back();
   place_.push_back(static_cast<int>(order_.size()));
@@ -41,22 +42,23 @@ int Prefetcher::add_unit(HostImagePtr image) {
   return unit;
 }
 
-void Prefetcher::set_order(const std::vector<int>& units) {
+void Prefetcher::set_order(const std::vector<int>& order) {
   const std::lock_guard lock(mutex_);
+  check_open();
   std::vector<int> place(images_.size(), -1);
-  for (std::size_t i = 0; i < units.size(); ++i) {
-    const int unit = units[i];
-    if (unit < 0 || unit >= unit_count() || place[static_cast<std::size_t>(unit)] != -1) {
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    const int unit = order[i];
+    if (unit < 0 || unit >= units() || place[static_cast<std::size_t>(unit)] != -1) {
       throw UsageError("an order names every unit once; unit " + std::to_string(unit) +
                        " is unknown or named twice");
     }
     place[static_cast<std::size_t>(unit)] = static_cast<int>(i);
   }
-  if (units.size() != images_.size()) {
+  if (order.size() != images_.size()) {
     throw UsageError("an order names every unit once; this one has " +
-                     std::to_string(units.size()) + " of " + std::to_string(images_.size()));
+                     std::to_string(order.size()) + " of " + std::to_string(images_.size()));
   }
-  order_ = units;
+  order_ = order;
   place_ = std::move(place);
   next_ = 0;
 }
@@ -66,9 +68,13 @@ std::vector<int> Prefetcher::order() const {
   return order_;
 }
 
-void Prefetcher::check_open(int unit) const {
+void Prefetcher::check_open() const {
   if (closed_) throw ClosedError("this model's offloader is closed");
-  if (unit < 0 || unit >= unit_count()) {
+}
+
+void Prefetcher::check_open(int unit) const {
+  check_open();
+  if (unit < 0 || unit >= units()) {
     throw UsageError("there is no unit " + std::to_string(unit));
   }
 }
@@ -76,7 +82,7 @@ void Prefetcher::check_open(int unit) const {
 // How many units of the order come before this one, counted from the one needed next.
 int Prefetcher::distance(int unit) const {
   const int ahead = place_[static_cast<std::size_t>(unit)] - next_;
-  return ahead >= 0 ? ahead : ahead + unit_count();
+  return ahead >= 0 ? ahead : ahead + units();
 }
 
 // The slot to give up first: an empty one, else that whose unit is needed last. -1: all in use.
@@ -86,8 +92,7 @@ int Prefetcher::farthest_free_slot() const {
   for (int i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
     if (slot.users != 0) continue;
-    const int away =
-        slot.unit == kNoUnit ? std::numeric_limits<int>::max() : distance(slot.unit);
+    const int away = slot.unit == kNoUnit ? std::numeric_limits<int>::max() : distance(slot.unit);
     if (away > best_distance) {
       best = i;
       best_distance = away;
@@ -98,16 +103,16 @@ int Prefetcher::farthest_free_slot() const {
 
 void Prefetcher::prefetch() {
   const std::lock_guard lock(mutex_);
-  if (closed_) throw ClosedError("this model's offloader is closed");
+  check_open();
   top_up();
 }
 
 // Brings the units that come next into slots that hold nothing needed sooner. What fails here is
 // thrown by the acquire that needs it.
 void Prefetcher::top_up() {
-  const int ahead = std::min(options_.depth, unit_count() - 1);
+  const int ahead = std::min(options_.depth, units() - 1);
   for (int i = 0; i < ahead; ++i) {
-    const int unit = order_[static_cast<std::size_t>((next_ + i) % unit_count())];
+    const int unit = order_[static_cast<std::size_t>((next_ + i) % units())];
     if (slots_.find(unit) >= 0) continue;
     if (failures_[static_cast<std::size_t>(unit)]) return;
     const int slot = farthest_free_slot();
@@ -146,14 +151,8 @@ int Prefetcher::slot_with(int unit) {
     throw UsageError("all " + std::to_string(slot_count()) + " slots are in use: unit " +
                      std::to_string(unit) + " was acquired while others were not released");
   }
-  try {
-    // The slot may still be on its way to another unit that was then skipped.
-    engine_.wait_settled(slots_[slot].transfer);
-  } catch (const TransferTimeout&) {
-    throw;
-  } catch (const std::exception&) {
-    // That unit's fetch failed and nobody needs it any more.
-  }
+  // The slot may still be filled with another unit that was then skipped.
+  wait_until_over(slots_[slot].transfer);
   ++stats_.cold;
   fetch(unit, slot);
   return slot;
@@ -162,12 +161,21 @@ int Prefetcher::slot_with(int unit) {
 void Prefetcher::settle(int unit, int slot) {
   try {
     engine_.wait_settled(slots_[slot].transfer);
-  } catch (const TransferTimeout&) {
-    throw;
   } catch (...) {
+    // One that is only late goes on, and the next acquire waits for it again.
+    if (!engine_.settled(slots_[slot].transfer)) throw;
     slots_.drop(slot);
     note(Happened::kFetchFailed, unit, slot);
     throw;
+  }
+}
+
+// For a transfer whose bytes nobody needs any more: that it failed does not matter.
+void Prefetcher::wait_until_over(Transfer& transfer) {
+  try {
+    engine_.wait_settled(transfer);
+  } catch (const std::exception&) {
+    if (!engine_.settled(transfer)) throw;
   }
 }
 
@@ -192,7 +200,7 @@ Acquired Prefetcher::acquire(int unit, StreamHandle stream) {
   }
   ++stats_.acquires;
   note(Happened::kAcquire, unit, slot);
-  next_ = (next_ + 1) % unit_count();
+  next_ = (next_ + 1) % units();
   top_up();
   return {slot, slots_[slot].generation};
 }
@@ -228,22 +236,35 @@ void Prefetcher::invalidate(int unit) {
   const std::lock_guard lock(mutex_);
   check_open(unit);
   failures_[static_cast<std::size_t>(unit)] = nullptr;
-  const int slot = slots_.find(unit);
-  if (slot < 0) return;
-  if (slots_[slot].users != 0) {
-    throw UsageError("unit " + std::to_string(unit) + " is in use: its weights can't be changed");
+  if (const int slot = slots_.find(unit); slot >= 0) {
+    if (slots_[slot].users != 0) {
+      throw UsageError("unit " + std::to_string(unit) + " is in use: its weights can't be changed");
+    }
+    ++stats_.invalidations;
+    note(Happened::kInvalidate, unit, slot);
+    slots_.drop(slot);
   }
-  ++stats_.invalidations;
-  note(Happened::kInvalidate, unit, slot);
-  slots_.drop(slot);
+  // The host may be far ahead of the device: a copy of this unit can be in flight although its
+  // slot belongs to another unit by now, or to nobody because the fetch failed behind the copy.
   try {
-    engine_.wait_settled(slots_[slot].transfer);
-  } catch (const TransferTimeout&) {
-    throw;
-  } catch (const std::exception&) {
-    return;  // it failed, and nobody needs it any more
+    for (int i = 0; i < slots_.size(); ++i) {
+      Transfer& transfer = slots_[i].transfer;
+      if (transfer.image == images_[static_cast<std::size_t>(unit)]) wait_until_over(transfer);
+    }
+    engine_.drain();
+  } catch (const TransferTimeout& error) {
+    throw TransferTimeout(with_events(error));
   }
-  synchronize(*backend_, slots_[slot].ready.handle(), options_.engine.timeout);
+}
+
+int Prefetcher::unit_count() const {
+  const std::lock_guard lock(mutex_);
+  return units();
+}
+
+std::size_t Prefetcher::ring_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return engine_.ring_bytes();
 }
 
 PrefetchStats Prefetcher::stats() const {
@@ -282,24 +303,28 @@ std::string Prefetcher::events_text() const {
 std::string Prefetcher::why(int unit, int slot, const std::exception& cause) const {
   std::string text = "unit " + std::to_string(unit) + " could not be fetched";
   if (slot >= 0) text += " into slot " + std::to_string(slot);
-  return text + ": " + cause.what() + "\nthe engine's last events:\n" + events_text();
+  return text + ": " + with_events(cause);
+}
+
+std::string Prefetcher::with_events(const std::exception& cause) const {
+  return std::string(cause.what()) + "\nthe engine's last events:\n" + events_text();
 }
 
 void Prefetcher::close() {
   const std::lock_guard lock(mutex_);
-  if (drained_) return;
+  if (given_back_) return;
   closed_ = true;
-  engine_.close();
-  for (int i = 0; i < slots_.size(); ++i) {
-    for (const SlotReader& reader : slots_[i].readers) {
-      if (reader.recorded) {
-        synchronize(*backend_, reader.free.handle(), options_.engine.timeout);
-      }
+  try {
+    engine_.close();
+    for (int i = 0; i < slots_.size(); ++i) {
+      slots_.wait_for_readers(i, options_.engine.timeout);
     }
-    slots_[i].transfer.image = nullptr;
+  } catch (const TransferTimeout& error) {
+    throw TransferTimeout(with_events(error));
   }
+  for (int i = 0; i < slots_.size(); ++i) slots_[i].transfer.image = nullptr;
   images_.clear();
-  drained_ = true;
+  given_back_ = true;
 }
 
 }  // namespace wanoffload

@@ -50,7 +50,7 @@ class Prefetcher {
   // Appends a unit to the order and returns its number: 0, 1, ...
   int add_unit(HostImagePtr image);
   // Replaces the order. Throws UsageError unless it names every unit once.
-  void set_order(const std::vector<int>& units);
+  void set_order(const std::vector<int>& order);
   [[nodiscard]] std::vector<int> order() const;
 
   // Starts to fetch the units that come next in the order, from the first at the beginning.
@@ -65,23 +65,24 @@ class Prefetcher {
   // it ran. In the steady state nothing is, and nothing happens.
   void abandon(StreamHandle stream);
   // The host's bytes are about to change: waits until no copy reads them (for the device, if it
-  // must), and forgets what was fetched. Throws UsageError if the unit is in use.
+  // must), and forgets what was fetched. Throws UsageError if the unit is in use, TransferTimeout
+  // if a copy stalled; unless it returns, the host's bytes must stay as they are.
   void invalidate(int unit);
   void set_poison(std::optional<std::uint8_t> value) { engine_.set_poison(value); }
   // Where the copies run. For tests and traces.
   [[nodiscard]] StreamHandle copy_stream() const { return engine_.stream(); }
 
-  [[nodiscard]] int unit_count() const { return static_cast<int>(images_.size()); }
+  [[nodiscard]] int unit_count() const;
   [[nodiscard]] int slot_count() const { return slots_.size(); }
-  [[nodiscard]] std::size_t ring_bytes() const { return engine_.ring_bytes(); }
+  [[nodiscard]] std::size_t ring_bytes() const;
   [[nodiscard]] PrefetchStats stats() const;
   void reset_stats();
   // The last things that happened, newest last, a line each.
   [[nodiscard]] std::string recent_events() const;
 
   // Waits for copies and readers, then gives everything back; the slots' memory may be freed
-  // afterwards. Idempotent, and to be called again if it throws. Everything else throws ClosedError
-  // from here on.
+  // afterwards. Idempotent; if it throws, it can be called again. Everything else throws
+  // ClosedError from here on.
   void close();
 
  private:
@@ -93,16 +94,20 @@ class Prefetcher {
     std::uint64_t number;
   };
 
+  [[nodiscard]] int units() const { return static_cast<int>(images_.size()); }
+  void check_open() const;
   void check_open(int unit) const;
   void rethrow_failure(int unit);
   int slot_with(int unit);
   void fetch(int unit, int slot);
   void settle(int unit, int slot);
+  void wait_until_over(Transfer& transfer);
   void top_up();
   [[nodiscard]] int distance(int unit) const;
   [[nodiscard]] int farthest_free_slot() const;
   void note(Happened what, int unit, int slot);
   [[nodiscard]] std::string events_text() const;
+  [[nodiscard]] std::string with_events(const std::exception& cause) const;
   [[nodiscard]] std::string why(int unit, int slot, const std::exception& cause) const;
 
   const BackendPtr backend_;
@@ -110,18 +115,19 @@ class Prefetcher {
 
   mutable std::mutex mutex_;
   // guarded by mutex_
-  CopyEngine engine_;
   mutable DeviceSlots slots_;
-  std::vector<HostImagePtr> images_;           // by unit
-  std::vector<std::exception_ptr> failures_;   // by unit: to be thrown by the next acquire
-  std::vector<int> order_;                     // units
-  std::vector<int> place_;                     // by unit: where it stands in order_
-  int next_ = 0;                               // the place in order_ that is needed next
+  std::vector<HostImagePtr> images_;          // by unit
+  std::vector<std::exception_ptr> failures_;  // by unit: to be thrown by the next acquire
+  std::vector<int> order_;                    // units
+  std::vector<int> place_;                    // by unit: where it stands in order_
+  int next_ = 0;                              // the place in order_ that is needed next
   bool closed_ = false;
-  bool drained_ = false;  // and nothing is in flight any more
+  bool given_back_ = false;  // what close() gives back
   PrefetchStats stats_;
   std::array<Record, 48> records_{};
   std::uint64_t recorded_ = 0;
+
+  CopyEngine engine_;  // last: its destructor waits for the copies that use everything above
 };
 
 }  // namespace wanoffload

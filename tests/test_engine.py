@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -52,6 +54,7 @@ class Rig:
             self.backend,
             self.memory.addresses(),
             self.memory.slot_bytes,
+            self.memory.memory,
             depth=self.depth,
             ring_chunks=3,
             ring_chunk_bytes=1000,
@@ -299,6 +302,7 @@ def test_a_fetch_through_the_ring_that_stalls_is_a_timeout_with_the_last_events(
         backend,
         memory.addresses(),
         SIZE,
+        memory.memory,
         depth=0,
         ring_chunks=2,
         ring_chunk_bytes=64,
@@ -336,6 +340,21 @@ def test_closing_with_copies_under_way_waits_for_them() -> None:
         rig.memory.memory.fill_(7)
         time.sleep(0.1)
         assert bool((rig.memory.memory == 7).all())
+
+
+def test_the_slots_memory_lives_as_long_as_copies_into_it() -> None:
+    """A dropped engine whose copies are under way: bug 2, device memory freed and used again."""
+    backend = HostBackend(latency_us=100_000)
+    rig = Rig("cpu", 3, 2, depth=1, backend=backend)
+    rig.engine.prefetch()
+    gone = weakref.ref(rig.memory.memory)
+    engine = rig.engine
+    del rig
+    gc.collect()
+    assert gone() is not None
+    del engine
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_unit_larger_than_the_slots_is_refused() -> None:

@@ -104,6 +104,7 @@ class Prefetcher:
         backend: Backend,
         slots: Sequence[int],
         slot_bytes: int,
+        owner: object,
         *,
         depth: int,
         ring_chunks: int = ...,

@@ -150,6 +150,16 @@ def _unhook_forward(module: nn.Module) -> None:
     current = place.get()
     if current is not None and _is_ours(current):
         place.set(current.args[1])
+        _forget(module.__dict__.get("forward"), current)
+
+
+def _forget(outer: Any, ours: Any) -> None:
+    """Hooks that were put around ours name it as what they wrap: from now on, what ours wraps."""
+    while outer is not None:
+        wraps: Any = getattr(outer, "__wrapped__", None)
+        if wraps is ours:
+            outer.__wrapped__ = ours.__wrapped__
+        outer = wraps
 
 
 def _call_inner(module: nn.Module, inner: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:

@@ -351,7 +351,9 @@ class Offloader(hooks.Attached):
         self.bindings: list[Binding] = []
         self.resident_ids: set[int] = set()
         self._backend = backend
-        self._prefetcher = Prefetcher(backend, slots.addresses(), slots.slot_bytes, depth=prefetch)
+        self._prefetcher = Prefetcher(
+            backend, slots.addresses(), slots.slot_bytes, slots.memory, depth=prefetch
+        )
         self._forwards = 0
         self._owner: dict[str, int] = {}  # "thread": the one inside a forward, if any
         self._sequence: list[int] | None = []  # units as called, until the order is known

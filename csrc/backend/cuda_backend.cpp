@@ -50,7 +50,9 @@ CudaBackend::CudaBackend(int device_index) : driver_(cuda::driver()), device_(de
   cuda::check(driver_.primary_retain(&context_, device), "cuDevicePrimaryCtxRetain");
 }
 
-CudaBackend::~CudaBackend() { report(driver_.primary_release(device_), "cuDevicePrimaryCtxRelease"); }
+CudaBackend::~CudaBackend() {
+  report(driver_.primary_release(device_), "cuDevicePrimaryCtxRelease");
+}
 
 StreamHandle CudaBackend::create_stream() {
   const Current current(driver_, context_);

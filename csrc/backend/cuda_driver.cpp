@@ -50,8 +50,8 @@ void check(Result result, const char* call) {
   const char* text = nullptr;
   driver().get_error_name(result, &name);
   driver().get_error_string(result, &text);
-  throw BackendError(std::string(call) + " failed: " +
-                     (name != nullptr ? name : std::to_string(result).c_str()) +
+  throw BackendError(std::string(call) +
+                     " failed: " + (name != nullptr ? name : std::to_string(result).c_str()) +
                      (text != nullptr ? std::string(" (") + text + ")" : std::string()));
 }
 

@@ -10,8 +10,8 @@ namespace {
 
 // Same calling convention: both pointers, or both integers (or enumerations) of the same size.
 template <class Ours, class Theirs>
-constexpr bool kSameShape = sizeof(Ours) == sizeof(Theirs) &&
-                            std::is_pointer_v<Ours> == std::is_pointer_v<Theirs>;
+constexpr bool kSameShape =
+    sizeof(Ours) == sizeof(Theirs) && std::is_pointer_v<Ours> == std::is_pointer_v<Theirs>;
 
 template <class Ours, class Theirs>
 struct Same : std::false_type {};
@@ -21,7 +21,7 @@ template <class R1, class... A1, class R2, class... A2>
 struct Same<R1 (*)(A1...), R2 (*)(A2...)>
     : std::bool_constant<kSameShape<R1, R2> && (kSameShape<A1, A2> && ...)> {};
 
-#define WANOFFLOAD_CHECK(ours, theirs, ...)                     \
+#define WANOFFLOAD_CHECK(ours, theirs, ...)                               \
   static_assert(Same<decltype(Driver::ours), decltype(&::theirs)>::value, \
                 #theirs " is declared differently in cuda.h");
 WANOFFLOAD_CUDA_FUNCTIONS(WANOFFLOAD_CHECK)

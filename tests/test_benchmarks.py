@@ -1,0 +1,304 @@
+"""The benchmark harness on a toy model without a GPU: rows, bytes and structure, never times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from benchmarks import __main__ as command
+from benchmarks import contenders, models, step_bench
+from benchmarks.harness import ResultStore, Row, Spread
+from benchmarks.machine import DevicePeak
+
+CPU = torch.device("cpu")
+TINY = models.MODELS["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Toy models on many threads only wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "results.jsonl"
+
+
+def bench(results: Path, *arguments: str) -> int:
+    return command.main([*arguments, "--tiny", "--device", "cpu", "--results", str(results)])
+
+
+def step(results: Path, names: str = "resident,wanoffload-p1", *more: str) -> int:
+    quick = ("--frames", "1", "--rounds", "2", "--run-seconds", "0.001")
+    return bench(results, "step", "--contenders", names, *quick, *more)
+
+
+def row(case: str = "step", **values: Any) -> Row:
+    return Row(case, {"a": 1}, "code", {"verified": True, **values}, "a machine", "now")
+
+
+def test_step_rows_are_verified_and_every_block_is_fetched_in_every_forward(results: Path) -> None:
+    assert step(results) == 0
+    by_name = {each.key["contender"]: each for each in ResultStore(results).rows("step")}
+    assert set(by_name) == {"resident", "wanoffload-p1"}
+    ours, weights = by_name["wanoffload-p1"].values, models.model_bytes(TINY)
+    assert ours["verified"]
+    assert ours["equal"]
+    assert ours["fetches_right"]
+    assert ours["bytes_per_step"] >= 2 * weights.blocks
+    assert ours["slot_bytes"] >= 2 * weights.largest_block
+    assert ours["step_ms"]["count"] == ours["rounds"] * ours["steps_per_turn"]
+    floor = max(ours["resident_ms"]["median"], ours["link_ms"])
+    assert ours["floor_ms"] == floor
+    assert ours["x_floor"] == ours["step_ms"]["median"] / floor
+
+
+def test_contenders_set_up_together_share_the_resident_model(results: Path) -> None:
+    assert step(results, "wanoffload-p0,wanoffload-p9,wanoffload-pageable-p1", "--together") == 0
+    rows = ResultStore(results).rows("step")
+    assert [each.key["contender"] for each in rows] == [
+        "resident",
+        "wanoffload-p0",
+        "wanoffload-p9",
+        "wanoffload-pageable-p1",
+    ]
+    assert len({json.dumps(each.values["resident_ms"]) for each in rows}) == 1
+    assert all(each.verified for each in rows)
+
+
+def test_measured_rows_are_not_measured_again(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert step(results) == 0
+    before = results.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(step_bench.StepBench, "__init__", lambda *_: pytest.fail("measured again"))
+        assert step(results) == 0
+    assert results.read_text() == before
+    assert step(results, "wanoffload-p1", "--again") == 0
+    assert len(ResultStore(results).rows()) == 4
+
+
+def test_other_code_is_measured_again_and_peers_are_not(results: Path) -> None:
+    assert step(results, "resident,wanoffload-p1", "--label", "first") == 0
+    assert step(results, "resident,wanoffload-p1", "--label", "second") == 0
+    rows = ResultStore(results).rows()
+    assert [each.key["contender"] for each in rows] == [
+        "resident",
+        "wanoffload-p1",
+        "wanoffload-p1",
+    ]
+    assert [each.fingerprint for each in rows[1:]] == ["first", "second"]
+
+
+def test_wrong_output_is_not_verified_and_does_not_count_as_measured(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = contenders.Wanoffload.apply
+
+    def spoil(self: contenders.Wanoffload, model: torch.nn.Module, device: torch.device) -> None:
+        model.get_parameter("blocks.3.ffn.net.2.weight").data[0] += 1
+        apply(self, model, device)
+
+    monkeypatch.setattr(contenders.Wanoffload, "apply", spoil)
+    assert step(results, "wanoffload-p1") == 1
+    (spoiled,) = [r for r in ResultStore(results).rows() if r.key["contender"] != "resident"]
+    assert not spoiled.values["equal"]
+    assert spoiled.values["fetches_right"]
+    monkeypatch.undo()
+    assert step(results, "wanoffload-p1") == 0
+
+
+def test_right_output_without_fetches_is_not_verified(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = contenders.Wanoffload.counters
+
+    def dead(self: contenders.Wanoffload, model: torch.nn.Module) -> contenders.Counters:
+        return dataclasses.replace(counters(self, model), acquires=0, bytes_fetched=0)
+
+    monkeypatch.setattr(contenders.Wanoffload, "counters", dead)
+    assert step(results, "wanoffload-p1") == 1
+    ours = ResultStore(results).rows()[-1].values
+    assert ours["equal"]
+    assert not ours["fetches_right"]
+    assert not ours["verified"]
+
+
+def test_one_contenders_failure_does_not_cost_the_others(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = contenders.Wanoffload.apply
+
+    def fail(self: contenders.Wanoffload, model: torch.nn.Module, device: torch.device) -> None:
+        if self.prefetch == 1:
+            raise MemoryError("no memory")
+        apply(self, model, device)
+
+    monkeypatch.setattr(contenders.Wanoffload, "apply", fail)
+    assert step(results, "wanoffload-p1,wanoffload-p2") == 1
+    names = [each.key["contender"] for each in ResultStore(results).rows()]
+    assert names == ["resident", "wanoffload-p2"]
+
+
+def test_nothing_is_begun_after_the_deadline(results: Path) -> None:
+    assert step(results, "resident", "--deadline", "0") == 1
+    assert not results.exists()
+
+
+def test_memory_rows_compare_processes_through_a_hash(results: Path) -> None:
+    names = ("--contenders", "resident,wanoffload-p1", "--frames", "1")
+    assert bench(results, "memory", *names) == 0
+    resident, ours = ResultStore(results).rows("memory")
+    assert resident.values["output_sha256"] == ours.values["output_sha256"]
+    assert ours.verified
+    assert ours.values["acquires_right"]
+    weights = models.model_bytes(TINY)
+    assert ours.values["locked_bytes"] >= weights.blocks
+    assert ours.values["rss_peak_wrap"] >= ours.values["rss_before_wrap"] > 0
+    margin = weights.all + weights.largest_block + 10**9
+    assert ours.values["rss_ceiling"] == ours.values["rss_empty"] + margin
+
+
+def test_wrapping_and_micro_rows_are_verified_and_printed(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ("--repeats", "1", "--parts", "link", "locking", "acquire")
+    assert bench(results, "wrapping", "micro", *quick) == 0
+    rows = ResultStore(results).rows()
+    assert all(each.verified for each in rows)
+    assert {each.key.get("part") for each in rows} == {None, "link", "locking", "acquire"}
+    assert bench(results, "table") == 0
+    printed = capsys.readouterr().out
+    assert "Setting up from a model in host memory" in printed
+    assert "| acquire | 27 |" in printed
+
+
+def test_table_has_a_line_for_the_newest_row_of_each_key(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert step(results, "resident,wanoffload-p1", "--label", "first") == 0
+    assert step(results, "resident,wanoffload-p1", "--label", "second") == 0
+    capsys.readouterr()
+    assert bench(results, "table") == 0
+    table = capsys.readouterr().out.split("**A step (two forwards)**")[1].split("**")[0]
+    head, rule, *lines = table.strip().splitlines()
+    assert len(lines) == 2
+    assert len({line.count("|") for line in (head, rule, *lines)}) == 1
+    assert "wanoffload-p1" in lines[1]
+    assert lines[1].endswith("| yes |")
+
+
+def test_store_passes_over_a_line_that_was_cut_off(results: Path) -> None:
+    store = ResultStore(results)
+    store.add(row(value=1))
+    with results.open("a") as file:
+        file.write('{"case": "step", "key"')
+    assert [each.values["value"] for each in ResultStore(results).rows()] == [1]
+
+
+def test_store_goes_on_in_a_new_line_after_one_that_was_cut_off(results: Path) -> None:
+    results.write_text('{"case": "step", "key"')
+    ResultStore(results).add(row(value=2))
+    assert [each.values["value"] for each in ResultStore(results).rows()] == [2]
+
+
+def test_row_must_say_whether_it_was_verified() -> None:
+    with pytest.raises(ValueError, match="verified"):
+        Row("step", {}, "code", {}, "a machine", "now")
+
+
+def test_spread_is_median_least_and_greatest() -> None:
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0, 3)
+    with pytest.raises(ValueError, match="at least one"):
+        Spread.of([])
+
+
+def test_peak_of_a_model_leaves_out_the_others() -> None:
+    earlier, later = DevicePeak(CPU, own=(10, 20)), DevicePeak(CPU, own=(3, 4))
+    earlier.other_came(later)
+    assert earlier.base == (3, 4)
+    earlier.other_left(later)
+    assert earlier.base == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "block", "count", "tensors"),
+    [
+        ("14b", 28_635_351_168, 702_870_528, 40, 27),
+        ("1.3b", 2_844_248_192, 92_905_984, 30, 27),
+        ("5b", 10_021_521_792, 327_362_560, 30, 27),
+    ],
+)
+def test_models_have_the_real_shapes_and_dtypes(
+    name: str, whole: int, block: int, count: int, tensors: int
+) -> None:
+    assert models.model_bytes(models.MODELS[name]) == models.ModelBytes(
+        whole, block * count, block, count
+    )
+    described = models.describe_only(models.MODELS[name])
+    assert len(list(models.blocks(described)[0].parameters())) == tensors
+    assert described.get_parameter("blocks.0.norm2.weight").dtype == torch.float32
+    assert described.get_parameter("blocks.0.attn1.to_q.weight").dtype == torch.bfloat16
+
+
+def test_tokens_of_the_sizes() -> None:
+    model = models.MODELS["14b"]
+    assert [model.tokens(size) for size in model.sizes] == [1560, 7800, 32760]
+    small = models.MODELS["5b"]
+    assert small.tokens(small.sizes[0]) == 4400
+
+
+def test_same_weights_come_from_every_way_of_building() -> None:
+    first, second = models.build(TINY, CPU), models.build_on_host(TINY, CPU)
+    copy = models.copy_to_host(TINY, first)
+    addresses = set()
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name))
+        assert torch.equal(parameter, copy.get_parameter(name))
+        addresses |= {parameter.data_ptr(), copy.get_parameter(name).data_ptr()}
+    assert len(addresses) == 2 * len(list(first.parameters()))
+
+
+def test_each_pass_of_a_step_and_each_block_change_the_output() -> None:
+    inputs = models.make_inputs(TINY, TINY.sizes[1], CPU)
+    model = models.build(TINY, CPU)
+    with torch.inference_mode():
+        cond, uncond = models.step(model, inputs)
+    assert cond.isfinite().all()
+    assert not torch.equal(cond, uncond)
+    for block in models.blocks(model):
+        weight = block.get_parameter("attn2.to_v.weight")
+        kept = weight.clone()
+        weight.zero_()
+        with torch.inference_mode():
+            assert not torch.equal(models.forward(model, inputs, "cond"), cond)
+        weight.copy_(kept)
+
+
+def test_unknown_names_are_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no contender is called 'other'"):
+        contenders.by_name("other")
+    with pytest.raises(SystemExit):
+        bench(results, "other")
+    assert "no such case" in capsys.readouterr().err
+
+
+def test_list_names_cases_models_and_contenders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("step", "memory", "wrapping", "micro", "14b", "diffusers-leaf-stream"):
+        assert name in printed
