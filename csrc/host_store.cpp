@@ -89,8 +89,9 @@ void HostImage::fill(const std::vector<ImagePiece>& pieces) {
 void HostImage::touch() {
   parallel_for(mapped_bytes_, kGrain, options_.threads, [&](std::size_t begin, std::size_t end) {
     for (std::size_t at = begin; at < end; at += kPage) {
-      volatile std::byte* const page = data_ + at;
-      *page = *page;
+      // One read-modify-write: a read alone would bring the shared page of zeros first, and the
+      // write behind it would fault again and interrupt all other threads.
+      std::atomic_ref(reinterpret_cast<unsigned char&>(data_[at])).fetch_or(0);
     }
   });
 }

@@ -62,6 +62,7 @@ void bind_backends(py::module_& m) {
            py::arg("jitter_us") = 0.0, py::arg("seed") = 0)
       .def("fail_at", &HostBackend::fail_at, py::arg("nth_call"))
       .def_property_readonly("calls", &HostBackend::calls)
+      .def_property_readonly("queries", &HostBackend::queries)
       .def_property_readonly("locked_bytes", &HostBackend::locked_bytes);
 
   py::class_<CudaBackend, Backend, std::shared_ptr<CudaBackend>>(m, "CudaBackend")

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <limits>
-#include <sstream>
 
 #include "errors.h"
 
@@ -290,14 +289,17 @@ std::string Prefetcher::recent_events() const {
 std::string Prefetcher::events_text() const {
   constexpr std::array<const char*, 5> kWords = {"fetch", "fetch failed", "acquire", "release",
                                                  "invalidate"};
-  std::ostringstream text;
+  // No string streams: other libraries of a Python process bring their own copies of the C++
+  // runtime, whose locales don't mix (seen with triton's: a crash).
+  std::string text;
   const std::uint64_t first = recorded_ > records_.size() ? recorded_ - records_.size() : 0;
   for (std::uint64_t i = first; i < recorded_; ++i) {
     const Record& record = records_[i % records_.size()];
-    text << "  #" << record.number << ' ' << kWords[static_cast<std::size_t>(record.what)]
-         << " unit " << record.unit << " slot " << record.slot << '\n';
+    text += "  #" + std::to_string(record.number) + ' ' +
+            kWords[static_cast<std::size_t>(record.what)] + " unit " + std::to_string(record.unit) +
+            " slot " + std::to_string(record.slot) + '\n';
   }
-  return text.str();
+  return text;
 }
 
 std::string Prefetcher::why(int unit, int slot, const std::exception& cause) const {

@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
+# On tensors of this size threads only wait for each other: a forward takes ten times as long.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests for a GPU are deselected where there is none; pytest's summary counts them."""

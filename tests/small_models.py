@@ -26,9 +26,6 @@ from torch import Tensor, nn
 Inputs = dict[str, Any]
 Device = torch.device | str
 
-# On tensors of this size threads only wait for each other: a forward takes ten times as long.
-torch.set_num_threads(1)
-
 TEXT_DIM = 32
 IMAGE_DIM = 16
 LATENT = (3, 4, 6)

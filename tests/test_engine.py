@@ -164,15 +164,18 @@ def test_invalidate_waits_for_the_copy_that_reads_the_bytes() -> None:
 
 
 def test_a_slot_is_not_refilled_before_its_reader_has_finished() -> None:
-    """The reader is a slow stream of its own: what it reads must be the unit it acquired."""
-    slow = HostBackend(bytes_per_second=SIZE / 0.02)
+    """The reader is a stream of its own, and behind: what it reads must be what it acquired."""
+    slow = HostBackend(latency_us=3000)
     rig = Rig("cpu", 5, 2, depth=1, backend=slow)
     stream = slow.create_stream()
     event = slow.create_event()
     seen = [torch.zeros(SIZE, dtype=torch.uint8) for _ in range(10)]
+    other = torch.zeros(1, dtype=torch.uint8)
     for i, unit in enumerate([*range(5), *range(5)]):
         slot, generation = rig.engine.acquire(unit, stream)
         source = rig.memory.window(slot, SIZE).data_ptr()
+        for _ in range(4):  # other work first
+            slow.copy_to_device(other.data_ptr(), seen[i].data_ptr(), 1, stream)
         slow.copy_to_device(seen[i].data_ptr(), source, SIZE, stream)
         rig.engine.release(unit, stream, generation)
     slow.record(event, stream)

@@ -148,6 +148,41 @@ def test_every_tensor_of_a_slot_is_aligned_to_256_bytes() -> None:
     assert {(pointer - start) % 256 for pointer in seen} == {0}
 
 
+@pytest.mark.parametrize("prefetch", [1, 2, 3])
+def test_a_steady_forward_does_not_wait_allocate_or_make_events(
+    prefetch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 3: five calls a block, each once: the reader's wait and record, and, for the fetch, the
+    wait for the slot, one copy, the record. The host asks about no event."""
+    backend = wanoffload._C.HostBackend()
+    monkeypatch.setattr(WRAP_MODULE, "backend_for", lambda _: backend)
+    model, inputs = MODELS["wan21_t2v"]()
+    wanoffload.wrap(model, prefetch, device="cpu")
+    for _ in range(prefetch + 1):  # by then each slot has held something
+        forward(model, inputs)
+    calls, queries = backend.calls, backend.queries
+    for _ in range(4):
+        forward(model, inputs)
+    assert backend.calls - calls == 4 * 5 * MODELS["wan21_t2v"].units
+    assert backend.queries == queries
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 50])
+def test_device_memory_is_known_before_the_first_forward(prefetch: int) -> None:
+    """Rule 4: one slot more than is fetched ahead, of the largest block's size, and no more."""
+    model, inputs = MODELS["vace"]()
+    wanoffload.wrap(model, prefetch, device="cpu")
+    runtime = wanoffload.offloader(model)
+    slots = min(prefetch + 1, MODELS["vace"].units)
+    expected = 256 + slots * max(image_bytes(model))
+    assert runtime.stats().slot_bytes == expected
+    memory = runtime.slots.memory.data_ptr()
+    for _ in range(3):
+        forward(model, inputs)
+    assert runtime.stats().slot_bytes == runtime.slots.memory.numel() == expected
+    assert runtime.slots.memory.data_ptr() == memory
+
+
 def test_the_tree_of_modules_is_untouched() -> None:
     """Rule 12."""
     model, _ = MODELS["wan21_t2v"]()

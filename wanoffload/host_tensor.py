@@ -8,6 +8,7 @@ changed under it, and what was prefetched from them is forgotten.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -43,6 +44,7 @@ class HostTensor(torch.Tensor):
 
     _plain: Tensor
     _guard: WeightGuard | None
+    _unswappable: weakref.ref[HostTensor]
 
     # Subclasses are known by their dispatch alone; torch functions need no override.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -60,6 +62,9 @@ class HostTensor(torch.Tensor):
         """As `over`, and an `nn.Parameter` for everyone who asks."""
         tensor = HostTensor.over(plain, guard, requires_grad)
         tensor._is_param = True  # what isinstance(_, nn.Parameter) looks at in a subclass
+        # torch.utils.swap_tensors, which would put another tensor into this very object where no
+        # forward could notice, refuses tensors that have a weak reference.
+        tensor._unswappable = weakref.ref(tensor)
         return tensor
 
     @property

@@ -174,7 +174,10 @@ void HostBackend::wait(StreamHandle stream, EventHandle event) {
   }
 }
 
-bool HostBackend::is_complete(EventHandle event) { return event_of(event)->is_complete(); }
+bool HostBackend::is_complete(EventHandle event) {
+  ++queries_;
+  return event_of(event)->is_complete();
+}
 
 void HostBackend::copy_to_device(DeviceAddress destination, const void* source, std::size_t bytes,
                                  StreamHandle stream) {

@@ -35,6 +35,8 @@ class HostBackend final : public Backend {
   void fail_at(std::uint64_t nth_call);
   // Calls counted since construction.
   [[nodiscard]] std::uint64_t calls() const { return calls_.load(); }
+  // Times that the host asked whether an event is complete: what a waiting host does.
+  [[nodiscard]] std::uint64_t queries() const { return queries_.load(); }
   // Bytes that are page-locked in the sense of lock_host.
   [[nodiscard]] std::size_t locked_bytes() const;
 
@@ -59,6 +61,7 @@ class HostBackend final : public Backend {
 
   const HostOptions options_;
   std::atomic<std::uint64_t> calls_{0};
+  std::atomic<std::uint64_t> queries_{0};
   std::atomic<std::uint64_t> fail_at_{0};
 
   mutable std::mutex mutex_;
