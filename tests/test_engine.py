@@ -249,8 +249,8 @@ def test_a_failed_prefetch_is_thrown_by_the_acquire_that_needs_it_and_then_retri
         backend = HostBackend()
         rig = Rig("cpu", 3, 2, depth=1, backend=backend, locked=locked)
         rig.check(0)
+        backend.fail_at(2)  # 1: the wait of the reader; 2: the fetch of unit 2 that follows
         _, generation = rig.engine.acquire(1, 0)
-        backend.fail_at(2)  # 1: the end of the read; 2: the fetch that it starts
         rig.engine.release(1, 0, generation)
         with pytest.raises(TransferError, match="unit 2 could not be fetched") as error:
             rig.engine.acquire(2, 0)

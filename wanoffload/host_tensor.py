@@ -7,7 +7,6 @@ changed under it, and what was prefetched from them is forgotten.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -209,8 +208,3 @@ def _from_plain(results: Any, hosts: list[HostTensor], is_copy: bool) -> Any:
         return HostTensor.over(value, None) if is_copy else value
 
     return tree_map(wrapped, results)
-
-
-def this_thread() -> int:
-    """The name by which a forward knows its thread."""
-    return threading.get_ident()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wanoffload import hooks, host_memory, image, units
+from wanoffload import hooks, host_memory, image
 from wanoffload._C import Backend, HostStore
+from wanoffload.binding import Binding
 from wanoffload.errors import WrapError
-from wanoffload.runtime import Binding, Offloader, SlotMemory, backend_for, ordinary_tensors
+from wanoffload.runtime import Offloader, SlotMemory, backend_for, ordinary_tensors
 from wanoffload.units import Unit, check_wrappable, find_units, tie_key
 
 logger = logging.getLogger(__name__)
@@ -274,6 +275,3 @@ class _Wrapping:
                 owner._buffers[key] = tensor
             else:
                 tensor.data = data
-
-
-__all__ = ["HOST_KINDS", "offloader", "units", "unwrap", "wrap"]
