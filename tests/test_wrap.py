@@ -393,7 +393,9 @@ def test_too_little_host_memory_is_an_error_with_numbers_before_anything_moves(
     model, inputs = MODELS["wan21_t2v"]()
     before = [p.data_ptr() for p in model.parameters()]
     monkeypatch.setattr(host_memory, "available_bytes", lambda: host_memory.RESERVE)
-    with pytest.raises(wanoffload.HostMemoryError, match=r"wrapping WanT.* needs .* GB .* 0\.27 GB"):
+    with pytest.raises(
+        wanoffload.HostMemoryError, match=r"wrapping WanT.* needs .* GB .* 0\.27 GB"
+    ):
         wanoffload.wrap(model, device="cpu")
     assert [p.data_ptr() for p in model.parameters()] == before
     check_as_it_was(model, inputs, expected)
