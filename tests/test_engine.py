@@ -248,7 +248,8 @@ def test_a_failed_prefetch_is_thrown_by_the_acquire_that_needs_it_and_then_retri
     for locked in (True, False):
         backend = HostBackend()
         rig = Rig("cpu", 3, 2, depth=1, backend=backend, locked=locked)
-        rig.check(0)
+        for unit in (0, 1, 2, 0):  # by then each slot has had a reader
+            rig.check(unit)
         time.sleep(0.1)  # unit 1 is on its way: let the engine's threads come to rest
         backend.fail_at(2)  # 1: the wait of the reader; 2: the fetch of unit 2 that follows
         _, generation = rig.engine.acquire(1, 0)
