@@ -253,6 +253,7 @@ def test_a_failed_prefetch_is_thrown_by_the_acquire_that_needs_it_and_then_retri
         time.sleep(0.1)  # unit 1 is on its way: let the engine's threads come to rest
         backend.fail_at(2)  # 1: the wait of the reader; 2: the fetch of unit 2 that follows
         _, generation = rig.engine.acquire(1, 0)
+        time.sleep(0.1)
         rig.engine.release(1, 0, generation)
         with pytest.raises(TransferError, match="unit 2 could not be fetched") as error:
             rig.engine.acquire(2, 0)
