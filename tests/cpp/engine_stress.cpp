@@ -1,0 +1,280 @@
+// Random models through random slots, on streams that are threads: every kernel sees the bytes of
+// its unit as they were when the kernel was issued, and the engine fetches no more than it must.
+#include <algorithm>
+#include <numeric>
+
+#include "check.h"
+#include "errors.h"
+#include "world.h"
+
+namespace wanoffload::stress {
+namespace {
+
+// Calls what any thread may call at any time.
+class Onlooker {
+ public:
+  explicit Onlooker(Prefetcher& prefetcher)
+      : thread_([&prefetcher](const std::stop_token& stop) {
+          while (!stop.stop_requested()) {
+            const auto stats = prefetcher.stats();
+            check_at_most(stats.cold, stats.fetches, "cold fetches");
+            (void)prefetcher.recent_events();
+            (void)prefetcher.order();
+            (void)prefetcher.ring_bytes();
+            check_at_most(prefetcher.slot_count(), 5, "slots");
+            check_at_most(prefetcher.unit_count(), 41, "units");
+            std::this_thread::sleep_for(std::chrono::microseconds(200));
+          }
+        }) {}
+
+ private:
+  std::jthread thread_;
+};
+
+// Forwards of one world, from the plain to the broken.
+class Forwards {
+ public:
+  Forwards(Random& random, World& world) : random_(random), world_(world) {
+    order_.resize(static_cast<std::size_t>(world.shape().units));
+    std::iota(order_.begin(), order_.end(), 0);
+  }
+
+  // Every unit once, in order, one at a time.
+  void plain(StreamHandle stream) {
+    for (const int unit : order_) {
+      acquire(unit, stream);
+      release_one();
+    }
+  }
+
+  // Some units skipped, some out of order, several held at once, perhaps an early end.
+  void random(StreamHandle stream, StreamHandle other) {
+    auto units = order_;
+    if (random_.chance(0.1)) random_.shuffle(units);
+    const double skip = random_.one_of<double>({0, 0, 0.1, 0.6});
+    const double end = random_.one_of<double>({0, 0, 0.05, 0.3});
+    const int most_held = random_.between(1, world_.shape().slots);
+    moved_ = false;
+    for (const int unit : units) {
+      if (random_.chance(end)) break;
+      if (random_.chance(skip)) continue;
+      acquire(unit, stream);
+      if (random_.chance(0.1)) acquire(unit, other);  // a second user, perhaps on another stream
+      if (random_.chance(0.1)) use_elsewhere(other);
+      if (random_.chance(0.05)) expect_refusals(stream);
+      while (slots_held() >= most_held) release_one();
+    }
+    if (random_.chance(0.3)) {
+      if (!held_.empty() && random_.chance(0.5)) use_elsewhere(other);
+      const StreamHandle last = random_.chance(0.5) ? stream : other;
+      // The engine knows where a unit was acquired, and hears now where it was used last.
+      if (moved_ && last == stream) world_.join(other, stream);
+      abandon(last);
+    } else {
+      while (!held_.empty()) release_one();
+    }
+  }
+
+  // What happens between forwards. The kernels of the last one may still be running.
+  void between(StreamHandle stream) {
+    if (random_.chance(0.3)) reorder();
+    if (random_.chance(0.3)) world_.prefetcher().prefetch();
+    const double share = random_.one_of<double>({0, 0.1, 0.5});
+    for (const int unit : order_) {
+      if (!random_.chance(share)) continue;
+      world_.prefetcher().invalidate(unit);
+      world_.rewrite(unit, random_);
+    }
+    if (random_.chance(0.3)) world_.prefetcher().prefetch();
+    if (random_.chance(0.3)) world_.check_bytes_read();
+    if (random_.chance(0.2)) world_.prefetcher().abandon(stream);  // nothing is acquired
+  }
+
+  // Acquires a few and keeps them.
+  void keep_some(StreamHandle stream) {
+    for (int i = random_.between(0, world_.shape().slots); i > 0; --i) {
+      acquire(random_.one_of(order_), stream);
+    }
+  }
+
+  [[nodiscard]] std::uint64_t acquires() const { return acquires_; }
+
+ private:
+  struct Held {
+    int unit;
+    StreamHandle stream;
+    Acquired acquired;
+  };
+
+  void acquire(int unit, StreamHandle stream) {
+    const Acquired acquired = world_.prefetcher().acquire(unit, stream);
+    ++acquires_;
+    for (const Held& held : held_) {
+      if (held.unit != unit) check(held.acquired.slot != acquired.slot, "two units, two slots");
+    }
+    world_.read(unit, acquired, stream);
+    if (random_.chance(0.1)) world_.read(unit, acquired, stream);
+    held_.push_back({unit, stream, acquired});
+  }
+
+  void release_one() {
+    const std::size_t i = random_.between<std::size_t>(0, held_.size() - 1);
+    const Held held = held_[i];
+    held_.erase(held_.begin() + static_cast<std::ptrdiff_t>(i));
+    world_.prefetcher().release(held.unit, held.stream, held.acquired.generation);
+  }
+
+  // The unit's last kernel runs on another stream than it was acquired for, behind it.
+  void use_elsewhere(StreamHandle other) {
+    Held& held = held_.back();
+    world_.join(held.stream, other);
+    world_.read(held.unit, held.acquired, other);
+    held.stream = other;
+    moved_ = true;
+  }
+
+  // None of these may change anything.
+  void expect_refusals(StreamHandle stream) {
+    Prefetcher& prefetcher = world_.prefetcher();
+    const int unit = held_.back().unit;
+    check_throws<UsageError>([&] { prefetcher.invalidate(unit); }, "invalidate a unit in use");
+    check_throws<UsageError>([&] { (void)prefetcher.acquire(-1, stream); }, "acquire unit -1");
+    check_throws<UsageError>([&] { (void)prefetcher.acquire(world_.shape().units, stream); },
+                             "acquire a unit that is not there");
+    check_throws<UsageError>([&] { prefetcher.set_order({unit, unit}); }, "an order with a twin");
+    check_throws<Error>(
+        [&] { prefetcher.release(unit, stream, held_.back().acquired.generation + 1); },
+        "release another generation");
+    if (slots_held() < world_.shape().slots) return;
+    for (const int more : order_) {
+      if (is_held(more)) continue;
+      check_throws<UsageError>([&] { (void)prefetcher.acquire(more, stream); }, "no slot is left");
+      return;
+    }
+  }
+
+  void abandon(StreamHandle stream) {
+    world_.prefetcher().abandon(stream);
+    held_.clear();
+  }
+
+  void reorder() {
+    random_.shuffle(order_);
+    world_.prefetcher().set_order(order_);
+    check(world_.prefetcher().order() == order_, "the order is the one that was set");
+  }
+
+  [[nodiscard]] bool is_held(int unit) const {
+    return std::any_of(held_.begin(), held_.end(), [&](const Held& h) { return h.unit == unit; });
+  }
+  [[nodiscard]] int slots_held() const {
+    std::vector<int> slots;
+    for (const Held& held : held_) slots.push_back(held.acquired.slot);
+    std::sort(slots.begin(), slots.end());
+    return static_cast<int>(std::unique(slots.begin(), slots.end()) - slots.begin());
+  }
+
+  Random& random_;
+  World& world_;
+  std::vector<int> order_;
+  std::vector<Held> held_;
+  bool moved_ = false;  // in this forward, a unit was used on a stream it was not acquired for
+  std::uint64_t acquires_ = 0;
+};
+
+// A page-locked unit: wait for its reader, (poison,) copy, record; acquire waits, release records.
+void check_steady_calls(World& world, std::uint64_t calls, int forwards) {
+  const auto units = static_cast<std::uint64_t>(world.shape().units);
+  const auto filled = world.count_images([](const HostImage& i) { return i.bytes() > 0; });
+  if (world.count_images([](const HostImage& i) { return i.locked() || i.bytes() == 0; }) !=
+      units) {
+    return;
+  }
+  const std::uint64_t forward = 4 * units + filled * (world.poison() ? 2U : 1U);
+  check_equal(calls, static_cast<std::uint64_t>(forwards) * forward, "steady: calls");
+}
+
+// Rule 3 and the bytes: in the steady state each unit is fetched once a forward when the slots
+// cannot keep it, never when they can, and nothing is called that the data does not need.
+void check_steady(World& world, const PrefetchStats& stats, std::uint64_t calls, int forwards) {
+  const Shape& shape = world.shape();
+  const auto acquires = static_cast<std::uint64_t>(forwards * shape.units);
+  check_equal(stats.acquires, acquires, "steady: acquires");
+  check_equal(stats.failures, 0U, "steady: failures");
+  check_equal(stats.invalidations, 0U, "steady: invalidations");
+  if (shape.slots >= shape.units) {
+    check_equal(stats.fetches, 0U, "steady: fetches of units that stay");
+    check_equal(calls, 2 * acquires, "steady: calls, with nothing to fetch");
+  } else if (shape.slots <= shape.prefetch.depth + 1) {
+    check_equal(stats.fetches, acquires, "steady: fetches");
+    check_equal(stats.bytes_fetched, static_cast<std::uint64_t>(forwards) * world.bytes_of_images(),
+                "steady: bytes");
+    check_equal(stats.cold, shape.prefetch.depth == 0 ? acquires : 0U, "steady: cold fetches");
+    check_steady_calls(world, calls, forwards);
+  } else {
+    // With slots to spare some units stay from one forward to the next.
+    check_at_most(stats.fetches, acquires, "steady: fetches");
+    if (shape.prefetch.depth > 0) check_equal(stats.cold, 0U, "steady: cold fetches");
+  }
+}
+
+void steady(Random& random, World& world, Forwards& forwards, StreamHandle stream) {
+  for (int i = 0; i < 2; ++i) forwards.plain(stream);
+  world.prefetcher().reset_stats();
+  const std::uint64_t calls = world.backend().calls();
+  const int count = random.between(1, 3);
+  for (int i = 0; i < count; ++i) forwards.plain(stream);
+  check_steady(world, world.prefetcher().stats(), world.backend().calls() - calls, count);
+}
+
+void rough(Random& random, World& world, Forwards& forwards) {
+  const std::uint64_t before = forwards.acquires();
+  world.prefetcher().reset_stats();
+  for (int turn = random.between(0, 6); turn > 0; --turn) {
+    forwards.random(world.stream(turn), world.stream(turn + random.between(0, 1)));
+    forwards.between(world.stream(turn));
+  }
+  const PrefetchStats stats = world.prefetcher().stats();
+  check_equal(stats.acquires, forwards.acquires() - before, "acquires");
+  check_equal(stats.failures, 0U, "failures");
+}
+
+void check_closed(World& world) {
+  Prefetcher& prefetcher = world.prefetcher();
+  const auto image = HostStore(std::make_shared<HostBackend>(), {false, 1}).allocate(0);
+  check_throws<ClosedError>([&] { (void)prefetcher.acquire(0, 0); }, "acquire when closed");
+  check_throws<ClosedError>([&] { prefetcher.release(0, 0, 1); }, "release when closed");
+  check_throws<ClosedError>([&] { prefetcher.invalidate(0); }, "invalidate when closed");
+  check_throws<ClosedError>([&] { prefetcher.prefetch(); }, "prefetch when closed");
+  check_throws<ClosedError>([&] { (void)prefetcher.add_unit(image); }, "add_unit when closed");
+  check_throws<ClosedError>([&] { prefetcher.set_order({}); }, "set_order when closed");
+  prefetcher.abandon(0);
+  prefetcher.close();
+}
+
+void one_world(Random& random) {
+  World world(random, random_shape(random, random.one_of<int>({3, 8, 41})));
+  world.lock_images();
+  world.make_prefetcher();
+  std::optional<Onlooker> onlooker;
+  if (random.chance(0.3)) onlooker.emplace(world.prefetcher());
+  world.add_units();
+  if (random.chance(0.7)) world.set_poison(std::uint8_t{0xA5});
+  if (random.chance(0.5)) world.prefetcher().prefetch();
+
+  Forwards forwards(random, world);
+  if (random.chance(0.5)) steady(random, world, forwards, world.stream(0));
+  rough(random, world, forwards);
+  if (random.chance(0.5)) steady(random, world, forwards, world.stream(1));
+  if (random.chance(0.3)) forwards.keep_some(world.stream(0));
+  world.close();
+  check_closed(world);
+}
+
+}  // namespace
+}  // namespace wanoffload::stress
+
+int main(int argc, char** argv) {
+  using namespace wanoffload::stress;
+  for (Run run(argc, argv); run.next();) one_world(run.random());
+}
