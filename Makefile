@@ -71,13 +71,16 @@ bench: $(READY)
 
 # torch first: it is no build requirement, and others would pull another build of it.
 .venv/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(SOURCES)
+	@echo "== setting up .venv: torch, then wanoffload (built here) and what its tests and demo need"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt --upgrade pip
-	.venv/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]" | grep -v "already satisfied"
-	touch $@
+	.venv/bin/python -m pip install -c constraints.txt torch
+	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+	@echo "== .venv is ready"
 
 inplace:
+	@echo "== building the extension in place, with $(PYTHON)"
 	@$(PYTHON) setup.py --quiet build_ext --inplace
 
 clean:
