@@ -235,13 +235,15 @@ def test_units_of_different_sizes_and_none_share_the_slots(device: str) -> None:
 
 
 def test_skipped_units_are_not_waited_for() -> None:
-    rig = Rig("cpu", 4, 3, depth=2, backend=HostBackend(latency_us=500_000))
-    rig.check(0)
-    _, generation = rig.engine.acquire(0, 0)  # units 1 and 2 are on their way, slowly
-    arrived = [bytes(rig.memory.window(slot, SIZE).numpy()) for slot in range(3)]
+    """Of the calls of the backend only a wait waits; there is one, for the unit itself."""
+    backend = HostBackend()
+    rig = Rig("cpu", 4, 3, depth=2, backend=backend)
+    rig.check(0)  # units 1 and 2 are on their way
+    calls, queries = backend.calls, backend.queries
+    _, generation = rig.engine.acquire(0, 0)
+    assert (backend.calls - calls, backend.queries - queries) == (1, 0)
     rig.engine.release(0, 0, generation)
-    assert bytes(rig.images[0]) in arrived
-    assert bytes(rig.images[2]) not in arrived
+    rig.check(3)
 
 
 def test_a_failed_prefetch_is_thrown_by_the_acquire_that_needs_it_and_then_retried() -> None:
