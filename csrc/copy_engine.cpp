@@ -205,6 +205,8 @@ void CopyEngine::close() {
     changed_.notify_all();
   }
   drain();
+  const std::lock_guard lock(mutex_);
+  ring_.reset();
 }
 
 }  // namespace wanoffload

@@ -196,9 +196,9 @@ void bind_prefetcher(py::module_& m) {
       .def("reset_stats", &Prefetcher::reset_stats, NoGil())
       .def("recent_events", &Prefetcher::recent_events, NoGil())
       .def_property_readonly("copy_stream", &Prefetcher::copy_stream)
-      .def_property_readonly("ring_bytes", &Prefetcher::ring_bytes)
+      .def_property_readonly("ring_bytes", py::cpp_function(&Prefetcher::ring_bytes, NoGil()))
       .def_property_readonly("slot_count", &Prefetcher::slot_count)
-      .def_property_readonly("unit_count", &Prefetcher::unit_count);
+      .def_property_readonly("unit_count", py::cpp_function(&Prefetcher::unit_count, NoGil()));
 }
 
 }  // namespace

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from wanoffload import hooks, image, units
 from wanoffload._C import HostImage, fingerprint
@@ -18,7 +20,7 @@ from wanoffload.errors import (
     VerifyError,
     WeightChangeError,
 )
-from wanoffload.host_tensor import HostTensor
+from wanoffload.host_tensor import HostTensor, ordinary_tensors, set_free, shares_memory_with
 
 if TYPE_CHECKING:
     from wanoffload.runtime import Offloader
@@ -62,6 +64,7 @@ class Binding(hooks.Attached):
         self.image = store_image
         self.index = -1  # in the engine
         self.weights: list[HostTensor] = []
+        self.tensors: weakref.WeakValueDictionary[int, HostTensor] = weakref.WeakValueDictionary()
         # (the _parameters of the owner, its key, the number of the weight), one an entry
         self._places: list[tuple[dict[str, Any], str, int]] = [
             (entry.owner._parameters, entry.key, number)
@@ -73,15 +76,18 @@ class Binding(hooks.Attached):
         self._direct = False  # entered without the model's forward
         self._structure: Structure | None = None
         self._fingerprint: int | None = None
+        self._spoilt = False  # the slot was found to hold other bytes
 
     # Entries.
 
     def make_weights(self) -> None:
         """Points the entries at the image, which has been written. The old tensors go."""
-        for group, spec in zip(self.unit.groups, self.layout.specs, strict=True):
-            old = group[0].tensor
-            plain = image.host_view(spec, self.image)
-            self.weights.append(HostTensor.parameter(plain, self, old.requires_grad))
+        self.weights = [
+            HostTensor.parameter(
+                image.host_view(spec, self.image), self, group[0].tensor.requires_grad
+            )
+            for group, spec in zip(self.unit.groups, self.layout.specs, strict=True)
+        ]
         self.show()
 
     def show(self) -> None:
@@ -96,45 +102,76 @@ class Binding(hooks.Attached):
         """
         plain = [nn.Parameter(w.plain, w.requires_grad) for w in self.weights]
         for parameters, key, number in self._places:
-            if parameters.get(key) is self.weights[number]:
+            if plain and parameters.get(key) is self.weights[number]:
                 parameters[key] = plain[number]
+        self.index = -1  # what is still held is written to like any other tensor
+
+    def close(self) -> None:
+        """The image is ordinary memory from here on; the slots' views are let go."""
+        self._views.clear()
+        self.image.unlock()
 
     def take_in_changes(self) -> None:
         """Looks for entries that were replaced, and for modules that came or went."""
         for parameters, key, number in self._places:
             if parameters.get(key) is not self.weights[number]:
-                self._take_in(parameters, key, number)
+                self._take_in(number)
         if self._structure is None or not self._structure.unchanged():
             self._take_in_structure()
             self._structure = Structure(self.unit.module)
 
-    def _take_in(self, parameters: dict[str, Any], key: str, number: int) -> None:
-        new = parameters.get(key)
-        weight = self.weights[number]
+    def _take_in(self, number: int) -> None:
+        """Copies the value of a replaced entry into the image, under a host tensor of its own.
+
+        Whoever holds the old host tensor, or a view of it, keeps the old values.
+        """
         name = f"{self.name}.{self.layout.specs[number].name}"
-        if new is None:
+        new = self._replacement(number, name)
+        try:
+            self.weights[number].check_fits(new)
+        except WeightChangeError as error:
+            raise WeightChangeError(f"{name} was replaced: {error}") from None
+        self.before_write()
+        with ordinary_tensors():
+            plain = image.host_view(self.layout.specs[number], self.image)
+            weight = HostTensor.parameter(plain, self, new.requires_grad)
+            self.weights[number] = weight
+            for parameters, key, which in self._places:
+                if which == number:
+                    parameters[key] = weight
+            set_free([t for t in shares_memory_with(weight, self) if t is not weight])
+            plain.copy_(new.plain if isinstance(new, HostTensor) else new)
+        logger.debug("%s was replaced; its value was taken in", name)
+
+    def _replacement(self, number: int, name: str) -> Tensor:
+        """What stands in all places of a weight now."""
+        places = [(parameters, key) for parameters, key, n in self._places if n == number]
+        found = [parameters.get(key) for parameters, key in places]
+        if any(tensor is None for tensor in found):
             raise WeightChangeError(
                 f"{name} was removed while the model is wrapped. Call wanoffload.unwrap() before "
                 "changing what a block consists of, and wrap again."
             )
-        try:
-            weight.assign(new)
-        except WeightChangeError as error:
-            raise WeightChangeError(f"{name} was replaced: {error}") from None
-        weight.requires_grad_(new.requires_grad)
-        parameters[key] = weight
-        logger.debug("%s was replaced; its value was taken in", name)
+        if any(tensor is not found[0] for tensor in found):
+            raise WeightChangeError(
+                f"{name} stood in {len(found)} places of the block and was replaced in some of "
+                "them, or by different tensors. Call wanoffload.unwrap() before untying weights, "
+                "and wrap again."
+            )
+        new = found[0]
+        assert isinstance(new, Tensor)
+        return new
 
     def _take_in_structure(self) -> None:
         """Moves what was added to the block (LoRA adapters, buffers) to the device, to stay."""
         device = self.offloader.device
         weights = {id(weight) for weight in self.weights}
-        known = self.offloader.resident_ids
+        known = self.offloader.residents
         for prefix, owner, in_adapter in _walk(self.unit.module):
             for key, parameter in owner._parameters.items():
                 if parameter is None or id(parameter) in weights:
                     continue
-                if not in_adapter and id(parameter) not in known:
+                if not in_adapter and (id(owner), key) not in known:
                     raise WeightChangeError(
                         f"{self.name}.{prefix}{key} was added while the model is wrapped; it would "
                         f"stay on the device ({parameter.nbytes} bytes). Call wanoffload.unwrap() "
@@ -150,6 +187,7 @@ class Binding(hooks.Attached):
 
     def before_write(self) -> None:
         """Fences the engine: no copy reads the image from here on, and none counts that did."""
+        self.offloader.refuse_other_thread(f"{self.name} was written to")
         self._fingerprint = None
         if self.index >= 0:
             self.offloader.invalidate(self.index)
@@ -163,9 +201,10 @@ class Binding(hooks.Attached):
         """Brings the weights to the device (the stream waits, not the host), points at them."""
         offloader = self.offloader
         direct = offloader.begin_block(self.name)
-        if self._held is not None:
+        if self._held is not None and not direct:
             raise ConcurrentForwardError(f"{self.name} was called inside of its own forward")
         try:
+            self.recover()  # what an interrupted call of this block alone may have left
             self._direct = direct
             if torch.is_grad_enabled():
                 self._refuse_gradients(args, kwargs)
@@ -186,7 +225,7 @@ class Binding(hooks.Attached):
 
     def exit(self) -> None:
         """Points back at the host and lets the slot go once the stream has got this far."""
-        direct = self._direct
+        direct, self._direct = self._direct, False
         try:
             if self._held is not None and self.offloader.verify:
                 slot, generation, _ = self._held
@@ -204,6 +243,17 @@ class Binding(hooks.Attached):
         self.show()
         self._held = None
         self.offloader.release(self.index, stream, generation)
+        if self._spoilt:
+            self._spoilt = False
+            self.offloader.invalidate(self.index)
+
+    def own(self, output: Any) -> Any:
+        """The block's output, with a copy in place of any tensor that is part of the slot."""
+        if isinstance(output, tuple | list):
+            return type(output)(map(self.own, output)) if type(output) in (tuple, list) else output
+        if isinstance(output, Tensor) and self.offloader.slots.holds(output):
+            return output.clone()
+        return output
 
     @property
     def held(self) -> bool:
@@ -212,7 +262,7 @@ class Binding(hooks.Attached):
     def _make_views(self, slot: int) -> list[nn.Parameter]:
         memory = self.offloader.slots
         # Ordinary tensors, whatever mode the forward that needs them first is in.
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_tensors():
             views = [
                 nn.Parameter(
                     image.device_view(spec, memory.memory, memory.start(slot)), requires_grad=False
@@ -232,7 +282,7 @@ class Binding(hooks.Attached):
                 raise GradientError(
                     f"{self.name}.{name} requires grad and grad mode is on. {advice}"
                 )
-        for value in (*args, *kwargs.values()):
+        for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor) and value.requires_grad:
                 raise GradientError(f"an input of {self.name} requires grad. {advice}")
 
@@ -241,6 +291,7 @@ class Binding(hooks.Attached):
             self._fingerprint = fingerprint(self.image.address, self.image.nbytes)
         found = self.offloader.slot_fingerprint(slot, self.image.nbytes)
         if found != self._fingerprint:
+            self._spoilt = True
             raise VerifyError(
                 f"{self.name} in slot {slot}, generation {generation}, {when}: the device holds "
                 f"other bytes than the host (fingerprint {found:#018x}, expected "
@@ -253,8 +304,9 @@ class Binding(hooks.Attached):
     @contextmanager
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """The streamed weights are out of sight while `_apply` walks over the block."""
-        self.offloader.check_move(fn)
-        self.take_in_changes()
+        if not self.offloader.moving_all:  # the whole model was looked at already
+            self.offloader.check_move(fn)
+            self.take_in_changes()
         for parameters, key, _ in self._places:
             parameters[key] = None
         try:

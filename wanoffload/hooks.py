@@ -19,6 +19,8 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from wanoffload.errors import WrapError
+
 ATTRIBUTE = "_wanoffload"
 
 
@@ -40,6 +42,7 @@ class BlockBinding(Protocol):
     """What the hooks ask of a block's unit."""
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def own(self, output: Any) -> Any: ...
     def exit(self) -> None: ...
     def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]: ...
 
@@ -49,6 +52,7 @@ class ModelBinding(Protocol):
 
     def begin_forward(self) -> None: ...
     def end_forward(self, completed: bool) -> None: ...
+    def refuse_other_thread(self, what: str) -> None: ...
     def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]: ...
 
 
@@ -73,12 +77,14 @@ def install_on_model(model: nn.Module, binding: ModelBinding) -> None:
     _make_uncompiled()
     model.__dict__[ATTRIBUTE] = binding
     model.__dict__["_apply"] = functools.partial(_apply, model)
+    model.__dict__["state_dict"] = functools.partial(_state_dict, model)
+    model.__dict__["load_state_dict"] = functools.partial(_load_state_dict, model)
     _hook_forward(model, _model_forward)
 
 
 def remove(module: nn.Module) -> None:
     """Takes out what was installed on a block or model. Hooks of others stay as they are."""
-    for name in ("_apply", "compile"):
+    for name in ("_apply", "compile", "state_dict", "load_state_dict"):
         if _is_ours(module.__dict__.get(name)):
             del module.__dict__[name]
     call = module.__dict__.get("_compiled_call_impl")
@@ -175,7 +181,7 @@ def _block_forward(block: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -
         return _call_inner(block, inner, args, kwargs)
     binding.enter(args, kwargs)
     try:
-        return _call_inner(block, inner, args, kwargs)
+        return binding.own(_call_inner(block, inner, args, kwargs))
     finally:
         binding.exit()
 
@@ -185,13 +191,15 @@ def _model_forward(model: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -
     if torch.compiler.is_compiling():
         # torch.compile around the whole model: blocks must be fetched between graphs, so this
         # forward runs eagerly (with fullgraph=True the compiler says why it can't).
+        if torch.compiler.is_exporting():
+            raise WrapError("a wrapped model can't be exported: call wanoffload.unwrap() first")
         return _uncompiled(model, inner, *args, **kwargs)  # type: ignore[misc]
     binding: ModelBinding | None = model.__dict__.get(ATTRIBUTE)
     if binding is None:
         return _call_inner(model, inner, args, kwargs)
-    binding.begin_forward()
     completed = False
     try:
+        binding.begin_forward()
         output = _call_inner(model, inner, args, kwargs)
         completed = True
         return output
@@ -225,7 +233,7 @@ def _compiled_call(block: nn.Module, compiled: Any, /, *args: Any, **kwargs: Any
         return compiled(*args, **kwargs)
     binding.enter(args, kwargs)
     try:
-        return compiled(*args, **kwargs)
+        return binding.own(compiled(*args, **kwargs))
     finally:
         binding.exit()
 
@@ -239,6 +247,22 @@ def _compile(block: nn.Module, /, *args: Any, **kwargs: Any) -> None:
     type(block).compile(block, *args, **kwargs)
     _hook_compiled_call(block)
     return None
+
+
+@_ours
+def _state_dict(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of `model.state_dict`: not while another thread's blocks are in slots."""
+    if (binding := attached(model)) is not None:
+        binding.refuse_other_thread("state_dict() was called")
+    return type(model).state_dict(model, *args, **kwargs)
+
+
+@_ours
+def _load_state_dict(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of `model.load_state_dict`, likewise."""
+    if (binding := attached(model)) is not None:
+        binding.refuse_other_thread("load_state_dict() was called")
+    return type(model).load_state_dict(model, *args, **kwargs)
 
 
 @_ours

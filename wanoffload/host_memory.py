@@ -3,9 +3,11 @@ error with numbers and not a killed process."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
+from torch import Tensor
 
 from wanoffload.errors import HostMemoryError
 
@@ -82,6 +84,31 @@ def available_bytes() -> int:
         return int(memory.available)
     limit, left = group
     return left if limit > memory.total else min(left, int(memory.available))
+
+
+def bytes_not_given_back(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors whose memory does not become free on the host when they are let go.
+
+    Those on a device, and those that are mappings of a file, as checkpoints are read.
+    """
+    mapped = _file_mappings()
+    return sum(
+        tensor.nbytes
+        for tensor in tensors
+        if tensor.device.type != "cpu"
+        or any(start <= tensor.data_ptr() < end for start, end in mapped)
+    )
+
+
+def _file_mappings() -> list[tuple[int, int]]:
+    """Address ranges of this process that large files are mapped to."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        start, end = (int(number, 16) for number in fields[0].split("-"))
+        if fields[4] != "0" and end - start >= 1 << 16:  # the inode: a file
+            found.append((start, end))
+    return found
 
 
 def require(nbytes: int, purpose: str) -> None:

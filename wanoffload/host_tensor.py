@@ -8,7 +8,9 @@ changed under it, and what was prefetched from them is forgotten.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +25,8 @@ class WeightGuard(Protocol):
     """What a host tensor asks before its bytes are used. One a unit."""
 
     name: str
+    tensors: weakref.WeakValueDictionary[int, HostTensor]
+    """Every host tensor of the unit that somebody holds, by its id."""
 
     def before_write(self) -> None:
         """The unit's host bytes are about to change."""
@@ -38,12 +42,13 @@ class HostTensor(torch.Tensor):
     computations are ordinary tensors. When it is written to, operands on another device are brought
     to the host, as `copy_` does, so that a LoRA whose adapters live on the device can be fused.
 
-    A copy (`clone()`, `deepcopy`, pickling) is detached from the unit.
+    Assigning (`weight.data = x`, `layer.weight = x`) changes the weight, not what was taken from it
+    earlier: a tensor that somebody still holds keeps its values, as with ordinary parameters. A
+    copy (`clone()`, `deepcopy`, pickling) is detached from the unit.
     """
 
     _plain: Tensor
-    _guard: WeightGuard | None
-    _unswappable: weakref.ref[HostTensor]
+    _guard_reference: weakref.ref[Any] | None
 
     # Subclasses are known by their dispatch alone; torch functions need no override.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -53,7 +58,12 @@ class HostTensor(torch.Tensor):
         """Wraps an ordinary tensor; both share the memory."""
         tensor = torch.Tensor._make_subclass(HostTensor, plain, requires_grad)
         tensor._plain = plain
-        tensor._guard = guard
+        tensor._guard_reference = None
+        if guard is not None:
+            tensor._guard_reference = weakref.ref(guard)
+            # This weak reference does one thing more: torch.utils.swap_tensors, which would put
+            # another tensor into this very object where nobody could notice, refuses it.
+            guard.tensors[id(tensor)] = tensor
         return tensor
 
     @staticmethod
@@ -61,10 +71,11 @@ class HostTensor(torch.Tensor):
         """As `over`, and an `nn.Parameter` for everyone who asks."""
         tensor = HostTensor.over(plain, guard, requires_grad)
         tensor._is_param = True  # what isinstance(_, nn.Parameter) looks at in a subclass
-        # torch.utils.swap_tensors, which would put another tensor into this very object where no
-        # forward could notice, refuses tensors that have a weak reference.
-        tensor._unswappable = weakref.ref(tensor)
         return tensor
+
+    @property
+    def _guard(self) -> WeightGuard | None:
+        return self._guard_reference() if self._guard_reference is not None else None
 
     @property
     def plain(self) -> Tensor:
@@ -85,21 +96,32 @@ class HostTensor(torch.Tensor):
 
         Raises WeightChangeError for any other: this tensor's place in memory is fixed.
         """
-        source = (value._plain if isinstance(value, HostTensor) else value).detach()
-        same = source.shape == self.shape and source.dtype == self.dtype
-        if same and source.data_ptr() == self.data_ptr() and source.stride() == self.stride():
+        self.check_fits(value)
+        if value.data_ptr() == self.data_ptr() and value.stride() == self.stride():
             return
-        if not same or source.device.type == "meta":
+        if self._guard is not None:
+            self._guard.before_write()
+            set_free([t for t in shares_memory_with(self, self._guard) if t is not self])
+        with ordinary_tensors():
+            self._plain.copy_(value._plain if isinstance(value, HostTensor) else value)
+
+    def check_fits(self, value: Tensor) -> None:
+        """Raises WeightChangeError unless this tensor's place in memory can hold the value."""
+        same = value.shape == self.shape and value.dtype == self.dtype
+        if not same or value.device.type == "meta":
             name = self._guard.name if self._guard is not None else "a host tensor"
             raise WeightChangeError(
                 f"{name}: a weight of {tuple(self.shape)} {self.dtype} can't become "
-                f"{tuple(source.shape)} {source.dtype} on {source.device} while the model is "
+                f"{tuple(value.shape)} {value.dtype} on {value.device} while the model is "
                 "wrapped. Call wanoffload.unwrap() first, change it, and wrap again."
             )
-        if self._guard is not None:
-            self._guard.before_write()
-        with torch.no_grad():
-            self._plain.copy_(source)
+
+    def share_memory_(self) -> HostTensor:
+        """Refused: torch would move these bytes, and the engine would go on reading the old."""
+        raise WeightChangeError(
+            "the weights of a wrapped model can't be moved to shared memory; call "
+            "wanoffload.unwrap() first, or share a clone()"
+        )
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -117,8 +139,9 @@ class HostTensor(torch.Tensor):
         array.flags.writeable = False
         return array
 
-    def __array__(self, dtype: Any = None) -> Any:
-        return np.asarray(self.numpy(), dtype=dtype)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = np.asarray(self.numpy(), dtype=dtype)
+        return array.copy() if copy else array
 
     def tolist(self) -> Any:
         return self._plain.tolist()
@@ -139,6 +162,47 @@ class HostTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"HostTensor({self._plain!r})"
+
+
+def shares_memory_with(tensor: HostTensor, guard: WeightGuard) -> list[HostTensor]:
+    """The unit's host tensors that stand on the same weight, `tensor` included."""
+    memory = tensor._plain.untyped_storage().data_ptr()
+    held = list(guard.tensors.values())
+    return [t for t in held if t.numel() and t._plain.untyped_storage().data_ptr() == memory]
+
+
+def set_free(tensors: list[HostTensor]) -> None:
+    """Host tensors of one weight get a copy of its bytes of their own, and belong to no unit."""
+    if not tensors:
+        return
+    with ordinary_tensors():
+        storage = tensors[0]._plain.untyped_storage().clone()
+        for tensor in tensors:
+            private = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+                storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+            )
+            torch.Tensor.data.__set__(tensor, private)  # type: ignore[attr-defined]
+            tensor._plain = private
+            tensor._guard_reference = None
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Tensors made here are ordinary, also if the caller is in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _identity(value: Tensor) -> Tensor:
+    return value
+
+
+def _reduce_for_another_process(tensor: HostTensor) -> Any:
+    """Sends a copy: torch moves what it sends to another process into shared memory."""
+    return _identity, (tensor._ordinary(tensor._plain.detach().clone()),)
+
+
+ForkingPickler.register(HostTensor, _reduce_for_another_process)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -81,7 +81,7 @@ def host_view(spec: TensorSpec, image: HostImage) -> Tensor:
     Its own storage, so that saving one tensor saves one tensor. It keeps the image alive.
     """
     if spec.nbytes == 0:
-        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype)
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="cpu")
     window = memoryview(image)[spec.offset : spec.offset + spec.nbytes]
     return _typed(torch.frombuffer(window, dtype=torch.uint8), spec)
 
@@ -95,8 +95,9 @@ def write_image(image: HostImage, layout: ImageLayout, tensors: list[Tensor], lo
     """
     pieces = []
     others = []
-    for spec, tensor in zip(layout.specs, tensors, strict=True):
-        source = tensor.detach().resolve_conj().resolve_neg()
+    # Held to the end: resolving may make copies, and pieces are addresses.
+    sources = [tensor.detach().resolve_conj().resolve_neg() for tensor in tensors]
+    for spec, source in zip(layout.specs, sources, strict=True):
         if source.device.type == "cpu" and source.stride() == spec.stride:
             pieces.append((source.data_ptr(), spec.offset, spec.nbytes))
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from wanoffload import hooks, image
 from wanoffload._C import Backend, CudaBackend, HostBackend, Prefetcher, fingerprint
 from wanoffload.binding import Binding
-from wanoffload.errors import ConcurrentForwardError, MoveError
+from wanoffload.errors import ConcurrentForwardError, MoveError, WrapError
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,11 @@ class SlotMemory:
         self.slot_bytes = slot_bytes
         self.lead = image.ALIGNMENT
         self.memory = torch.empty(self.lead + count * slot_bytes, dtype=torch.uint8, device=device)
+        self._storage = self.memory.untyped_storage().data_ptr()
+        if device.type == "cuda":
+            # The allocator may hand out memory that queued kernels still use, in the order of
+            # their stream; copies come on another one.
+            torch.cuda.current_stream(device).synchronize()
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +76,12 @@ class SlotMemory:
 
     def addresses(self) -> list[int]:
         return [self.memory.data_ptr() + self.start(slot) for slot in range(self.count)]
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a view of the slots."""
+        if tensor.device != self.memory.device or tensor.layout != torch.strided:
+            return False
+        return tensor.untyped_storage().data_ptr() == self._storage
 
     def window(self, slot: int, nbytes: int) -> Tensor:
         return self.memory[self.start(slot) : self.start(slot) + nbytes]
@@ -96,20 +107,25 @@ class Offloader(hooks.Attached):
         self.verify = verify
         self.slots = slots
         self.bindings: list[Binding] = []
-        self.resident_ids: set[int] = set()
+        self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
+        self.moving_all = False
         self._backend = backend
+        # The engine keeps this list alive, and so the memory until it has closed.
+        self._slot_owner = [slots.memory]
         self._prefetcher = Prefetcher(
-            backend, slots.addresses(), slots.slot_bytes, slots.memory, depth=prefetch
+            backend, slots.addresses(), slots.slot_bytes, self._slot_owner, depth=prefetch
         )
         self._forwards = 0
         self._owner: dict[str, int] = {}  # "thread": the one inside a forward, if any
-        self._sequence: list[int] | None = []  # units as called, until the order is known
+        self._sequence: list[int] = []  # units as this forward called them
+        self._order: list[int] = []  # the engine's
         self._closed = False
 
     def add(self, binding: Binding) -> None:
         """Hands a block's image to the engine."""
         binding.index = self._prefetcher.add_unit(binding.image)
         self.bindings.append(binding)
+        self._order.append(binding.index)
 
     # The steady path.
 
@@ -120,8 +136,7 @@ class Offloader(hooks.Attached):
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def acquire(self, index: int, stream: int) -> tuple[int, int]:
-        if self._sequence is not None:
-            self._sequence.append(index)
+        self._sequence.append(index)
         return self._prefetcher.acquire(index, stream)
 
     def release(self, index: int, stream: int, generation: int) -> None:
@@ -155,23 +170,38 @@ class Offloader(hooks.Attached):
         return self._enter_thread(name)
 
     def end_block(self) -> None:
-        self._owner.pop("thread", None)
+        self._leave_thread()
+
+    def _leave_thread(self) -> None:
+        if self.in_forward():
+            self._owner.pop("thread", None)
+
+    def refuse_other_thread(self, what: str) -> None:
+        """Raises ConcurrentForwardError while another thread is inside a forward."""
+        if self._owner and not self.in_forward():
+            raise ConcurrentForwardError(
+                f"{what} while another thread runs a forward of the model, whose weights stand in "
+                "the slots in part; wait until the forward has ended"
+            )
 
     def begin_forward(self) -> None:
         # False here means that an earlier forward of this thread ended without its ending.
         self._enter_thread("the model")
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise WrapError("a wrapped model can't be traced: call wanoffload.unwrap() first")
         self._recover()
-        if self._sequence is not None:
-            self._sequence.clear()
+        self._sequence.clear()
 
     def end_forward(self, completed: bool) -> None:
+        if not self.in_forward():
+            return  # it never began
         try:
             self._recover()
             if completed:
                 self._forwards += 1
                 self._learn_order()
         finally:
-            self._owner.pop("thread", None)
+            self._leave_thread()
 
     def _recover(self) -> None:
         """Lets go of what a forward that ended early still held."""
@@ -182,13 +212,13 @@ class Offloader(hooks.Attached):
 
     def _learn_order(self) -> None:
         """Takes over the order in which a whole forward called the blocks, if it was another."""
-        if self._sequence is None or sorted(self._sequence) != list(range(len(self.bindings))):
+        if self._sequence == self._order:
             return
-        if self._sequence != self._prefetcher.order():
+        if sorted(self._sequence) == sorted(self._order):
             logger.debug("blocks are called in the order %s", self._sequence)
-            self._prefetcher.set_order(self._sequence)
+            self._order = list(self._sequence)
+            self._prefetcher.set_order(self._order)
             self._prefetcher.prefetch()
-        self._sequence = None
 
     def start(self) -> None:
         """Fetches the first blocks, so that the first forward finds them."""
@@ -219,7 +249,11 @@ class Offloader(hooks.Attached):
         self.check_move(fn)
         for binding in self.bindings:
             binding.take_in_changes()
-        yield
+        self.moving_all = True
+        try:
+            yield
+        finally:
+            self.moving_all = False
 
     # Looking.
 
@@ -289,16 +323,11 @@ class Offloader(hooks.Attached):
         """
         if self._closed:
             return
+        if self._owner:
+            raise ConcurrentForwardError("a forward of this model is running: close it afterwards")
         self._prefetcher.close()
         self._closed = True
         for binding in self.bindings:
-            binding._views.clear()
-            binding.image.unlock()
-        self.slots = SlotMemory(0, 0, self.device)
-
-
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Tensors made here are ordinary, also if the caller is in inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+            binding.close()
+        self._slot_owner.clear()
+        self.slots = SlotMemory(0, 0, torch.device("cpu"))

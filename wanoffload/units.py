@@ -75,7 +75,8 @@ def tie_key(tensor: Tensor) -> object:
     """Equal for tensors that are the same memory seen in the same way."""
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return id(tensor)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    bits = (tensor.is_conj(), tensor.is_neg())
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), bits)
 
 
 def _homes_of_parameters(
@@ -163,6 +164,9 @@ def check_wrappable(model: nn.Module) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 _check_parameter(f"{where}.{key}", parameter)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                raise WrapError(f"{where}.{key} is on the meta device: it has no value.")
 
 
 def _check_parameter(where: str, parameter: Tensor) -> None:

@@ -12,7 +12,8 @@ from wanoffload import hooks, host_memory, image
 from wanoffload._C import Backend, HostStore
 from wanoffload.binding import Binding
 from wanoffload.errors import WrapError
-from wanoffload.runtime import Offloader, SlotMemory, backend_for, ordinary_tensors
+from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.runtime import Offloader, SlotMemory, backend_for
 from wanoffload.units import Unit, check_wrappable, find_units, tie_key
 
 logger = logging.getLogger(__name__)
@@ -79,10 +80,11 @@ def unwrap(transformer: nn.Module, device: torch.device | str | int = "cpu") -> 
     runtime = offloader(transformer)
     with ordinary_tensors():
         runtime.close()
-        hooks.remove(transformer)
         for binding in runtime.bindings:
             hooks.remove(binding.unit.module)
             binding.give_back()
+        hooks.remove(transformer)  # last: until here unwrap can be called again
+        runtime.bindings.clear()
         transformer.to(torch.device(device))
     return transformer
 
@@ -183,15 +185,12 @@ class _Wrapping:
 
     def _check_host_memory(self) -> None:
         """What is still to be taken: blocks on the host are moved one at a time, not copied."""
-        from_device = sum(
-            layout.nbytes
-            for unit, layout in zip(self.units, self.layouts, strict=True)
-            if unit.groups[0][0].tensor.device.type != "cpu"
-        )
+        tensors = [group[0].tensor for unit in self.units for group in unit.groups]
+        added = host_memory.bytes_not_given_back(tensors)
         largest = max(layout.nbytes for layout in self.layouts)
         total = sum(layout.nbytes for layout in self.layouts)
         host_memory.require(
-            from_device + largest,
+            added + largest,
             f"wrapping {type(self.model).__name__} ({len(self.units)} blocks of "
             f"{total / 1e9:.2f} GB in all, moved one at a time)",
         )
@@ -203,7 +202,7 @@ class _Wrapping:
             device=self.device,
             backend=self.backend,
             slots=SlotMemory(count, slot_bytes, self.device),
-            prefetch=self.prefetch,
+            prefetch=min(self.prefetch, len(self.units)),
             verify=self.verify,
         )
 
@@ -218,7 +217,7 @@ class _Wrapping:
             for key, parameter in owner._parameters.items():
                 if parameter is None or id(parameter) in streamed:
                     continue
-                self.runtime.resident_ids.add(id(parameter))
+                self.runtime.residents.add((id(owner), key))
                 if parameter.device != self.device:
                     self.moved.append((owner, key, parameter, parameter.data))
                     kin = tie_key(parameter)
@@ -243,9 +242,8 @@ class _Wrapping:
                 tensors = [group[0].tensor for group in unit.groups]
                 self.sources.append([tensor.device for tensor in tensors])
                 image.write_image(memory, layout, tensors, self.lock)
-                binding = Binding(self.runtime, unit, layout, memory)
-                self.bound.append(binding)
-                binding.make_weights()
+                self.bound.append(Binding(self.runtime, unit, layout, memory))
+                self.bound[-1].make_weights()
                 progress.update(layout.nbytes)
 
     def _connect(self) -> None:
@@ -262,8 +260,13 @@ class _Wrapping:
         hooks.remove(self.model)
         for unit in self.units:
             hooks.remove(unit.module)
-        if self.runtime is not None:
-            self.runtime.close()
+        try:
+            if self.runtime is not None:
+                self.runtime.close()
+        finally:
+            self._give_back_weights()
+
+    def _give_back_weights(self) -> None:
         for binding, devices in zip(self.bound, self.sources, strict=False):
             binding.image.unlock()
             binding.give_back()
