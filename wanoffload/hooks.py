@@ -1,8 +1,9 @@
-"""Where the package stands in the way of a call: three attributes of a module's instance.
+"""Where the package stands in the way of a call: attributes of a module's instance.
 
 `forward` (or, below the hooks of diffusers, the innermost forward), so that a block's weights are
 fetched only if the block really runs; for a block that is compiled, the compiled call instead, so
-that the compiler sees the block as it is; and `_apply`, through which `.to()` and its kin go.
+that the compiler sees the block as it is; `_apply`, through which `.to()` and its kin go; and the
+model's `state_dict` and `load_state_dict`, which are refused to other threads during a forward.
 
 Each is a `functools.partial` over a function of this file and the module. Copies and pickles of the
 module copy the partial with its module, and there the binding is gone (see `Attached`), so that a
