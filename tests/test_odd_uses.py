@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 import weakref
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 import wanoffload
@@ -205,6 +207,31 @@ def test_other_threads_neither_read_nor_write_all_weights_during_a_forward() -> 
     assert torch.equal(model(X), expected)
     model.load_state_dict(state)
     assert not torch.equal(model(X), expected)
+
+
+def test_another_way_of_offloading_put_on_top_is_named() -> None:
+    model, inputs = KIND()
+    wanoffload.wrap(model, 1, device="cpu")
+    apply_group_offloading(
+        model, torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    )
+    with pytest.raises(WrapError, match="group_offloading"):
+        forward(model, inputs)
+
+
+def test_a_forked_process_is_told_to_wrap_for_itself() -> None:
+    model = wrapped()
+    model(X)
+    child = os.fork()
+    if child == 0:
+        try:
+            model(X)
+        except WrapError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    model(X)
 
 
 # Tensors of unusual kinds, and blocks that do unusual things.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wanoffload import hooks, image
+from wanoffload import hooks, image, units
 from wanoffload._C import Backend, CudaBackend, HostBackend, Prefetcher, fingerprint
 from wanoffload.binding import Binding
 from wanoffload.errors import ConcurrentForwardError, MoveError, WrapError
@@ -120,6 +121,7 @@ class Offloader(hooks.Attached):
         self._sequence: list[int] = []  # units as this forward called them
         self._order: list[int] = []  # the engine's
         self._closed = False
+        self._process = os.getpid()
 
     def add(self, binding: Binding) -> None:
         """Hands a block's image to the engine."""
@@ -170,6 +172,7 @@ class Offloader(hooks.Attached):
         return self._enter_thread(name)
 
     def end_block(self) -> None:
+        self._sequence.clear()
         self._leave_thread()
 
     def _leave_thread(self) -> None:
@@ -184,9 +187,19 @@ class Offloader(hooks.Attached):
                 "the slots in part; wait until the forward has ended"
             )
 
-    def begin_forward(self) -> None:
+    def begin_forward(self, model: nn.Module) -> None:
+        if (hook := units.foreign_hook(model)) is not None:
+            raise WrapError(
+                f"{hook} was put on a wrapped model; it moves the same weights. Call "
+                "wanoffload.unwrap() before offloading the model in another way."
+            )
         # False here means that an earlier forward of this thread ended without its ending.
         self._enter_thread("the model")
+        if os.getpid() != self._process:
+            raise WrapError(
+                "this model was wrapped before the process was forked; streams and page locks "
+                "don't follow. Wrap it in the process that runs it."
+            )
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise WrapError("a wrapped model can't be traced: call wanoffload.unwrap() first")
         self._recover()

@@ -148,25 +148,28 @@ def check_wrappable(model: nn.Module) -> None:
     """Raises WrapError for models that someone else moves, or whose weights are not plain bytes."""
     for name, module in model.named_modules():
         where = f"{type(model).__name__}.{name}" if name else type(model).__name__
-        if hasattr(module, "_hf_hook"):
+        if (hook := foreign_hook(module)) is not None:
             raise WrapError(
-                f"{where} has an accelerate hook (enable_model_cpu_offload, device_map, ...), "
-                "which moves its weights too. Remove it first, for example with "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+                f"{where} has {hook}, which moves its weights too. Load the model again without "
+                "it, or remove it (accelerate.hooks.remove_hook_from_module for accelerate's)."
             )
-        registry = getattr(module, "_diffusers_hook", None)
-        for hook in ("group_offloading", "layerwise_casting"):
-            if registry is not None and registry.get_hook(hook) is not None:
-                raise WrapError(
-                    f"{where} has diffusers' hook {hook!r}, which replaces its weights too. Load "
-                    "the model again without it, or remove the hook."
-                )
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 _check_parameter(f"{where}.{key}", parameter)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
                 raise WrapError(f"{where}.{key} is on the meta device: it has no value.")
+
+
+def foreign_hook(module: nn.Module) -> str | None:
+    """The name of a hook of accelerate or diffusers that moves the module's weights, if any."""
+    if "_hf_hook" in module.__dict__:
+        return "an accelerate hook (enable_model_cpu_offload, device_map, ...)"
+    registry = module.__dict__.get("_diffusers_hook")
+    for hook in ("group_offloading", "layerwise_casting"):
+        if registry is not None and registry.get_hook(hook) is not None:
+            return f"diffusers' hook {hook!r}"
+    return None
 
 
 def _check_parameter(where: str, parameter: Tensor) -> None:
