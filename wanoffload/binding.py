@@ -249,8 +249,8 @@ class Binding(hooks.Attached):
 
     def own(self, output: Any) -> Any:
         """The block's output, with a copy in place of any tensor that is part of the slot."""
-        if isinstance(output, tuple | list):
-            return type(output)(map(self.own, output)) if type(output) in (tuple, list) else output
+        if type(output) in (tuple, list):
+            return type(output)(self.own(part) for part in output)
         if isinstance(output, Tensor) and self.offloader.slots.holds(output):
             return output.clone()
         return output
