@@ -277,7 +277,7 @@ void Prefetcher::reset_stats() {
 }
 
 void Prefetcher::note(Happened what, int unit, int slot) {
-  records_[recorded_ % records_.size()] = {what, unit, slot, recorded_};
+  records_[recorded_ % records_.size()] = {what, unit, slot};
   ++recorded_;
 }
 
@@ -295,9 +295,8 @@ std::string Prefetcher::events_text() const {
   const std::uint64_t first = recorded_ > records_.size() ? recorded_ - records_.size() : 0;
   for (std::uint64_t i = first; i < recorded_; ++i) {
     const Record& record = records_[i % records_.size()];
-    text += "  #" + std::to_string(record.number) + ' ' +
-            kWords[static_cast<std::size_t>(record.what)] + " unit " + std::to_string(record.unit) +
-            " slot " + std::to_string(record.slot) + '\n';
+    text += "  #" + std::to_string(i) + ' ' + kWords[static_cast<std::size_t>(record.what)] +
+            " unit " + std::to_string(record.unit) + " slot " + std::to_string(record.slot) + '\n';
   }
   return text;
 }

@@ -91,7 +91,6 @@ class Prefetcher {
     Happened what;
     int unit;
     int slot;
-    std::uint64_t number;
   };
 
   [[nodiscard]] int units() const { return static_cast<int>(images_.size()); }
@@ -124,7 +123,7 @@ class Prefetcher {
   bool closed_ = false;
   bool given_back_ = false;  // what close() gives back
   PrefetchStats stats_;
-  std::array<Record, 48> records_{};
+  std::array<Record, 48> records_{};  // a ring; what happened n-th stands at n % size
   std::uint64_t recorded_ = 0;
 
   CopyEngine engine_;  // last: its destructor waits for the copies that use everything above

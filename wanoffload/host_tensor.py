@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from wanoffload.errors import UnboundWeightError, WeightChangeError
 
@@ -206,9 +206,7 @@ ForkingPickler.register(HostTensor, _reduce_for_another_process)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    tree_map(lambda x: found.append(x) if isinstance(x, Tensor) else None, (args, kwargs))
-    return found
+    return [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

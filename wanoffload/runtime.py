@@ -110,7 +110,6 @@ class Offloader(hooks.Attached):
         self.bindings: list[Binding] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
         self.moving_all = False
-        self._backend = backend
         # The engine keeps this list alive, and so the memory until it has closed.
         self._slot_owner = [slots.memory]
         self._prefetcher = Prefetcher(
