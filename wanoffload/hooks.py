@@ -189,12 +189,12 @@ def _block_forward(block: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -
 
 @_ours
 def _model_forward(model: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # torch.compile around the whole model: blocks must be fetched between graphs, so this
         # forward runs eagerly (with fullgraph=True the compiler says why it can't).
-        if torch.compiler.is_exporting():
-            raise WrapError("a wrapped model can't be exported: call wanoffload.unwrap() first")
         return _uncompiled(model, inner, *args, **kwargs)  # type: ignore[misc]
+    if torch.compiler.is_exporting():  # after the other: torch 2.11 compiles this to True
+        raise WrapError("a wrapped model can't be exported: call wanoffload.unwrap() first")
     binding: ModelBinding | None = model.__dict__.get(ATTRIBUTE)
     if binding is None:
         return _call_inner(model, inner, args, kwargs)
