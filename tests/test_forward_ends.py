@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 
 import wanoffload
 from tests.small_models import MODELS, forward
-from wanoffload import ConcurrentForwardError, GradientError, TransferError
+from wanoffload import ConcurrentForwardError, GradientError, TransferError, wrapping
 from wanoffload._C import HostBackend
 
 KIND = MODELS["wan21_t2v"]
-WRAP_MODULE = sys.modules["wanoffload.wrap"]
 
 
 class Stop(Exception):
@@ -120,7 +118,7 @@ def test_a_failed_copy_is_the_error_of_the_block_that_needs_it_and_the_next_forw
     model, inputs = KIND()
     expected = forward(model, inputs)
     backend = HostBackend()
-    monkeypatch.setattr(WRAP_MODULE, "backend_for", lambda _: backend)
+    monkeypatch.setattr(wrapping, "backend_for", lambda _: backend)
     wanoffload.wrap(model, 1, device="cpu")
     failures: list[wanoffload.OffloadError] = []
     for nth in range(1, 40):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -26,11 +25,11 @@ from wanoffload import (
     WeightChangeError,
     WrapError,
     host_memory,
+    wrapping,
 )
 from wanoffload._C import HostBackend
 
 KIND = MODELS["wan21_t2v"]
-WRAP_MODULE = sys.modules["wanoffload.wrap"]
 
 
 class Chain(nn.Module):
@@ -405,7 +404,7 @@ def test_close_gives_back_slots_ring_and_locks_at_once() -> None:
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(WRAP_MODULE, "backend_for", lambda _: backend)
+            patch.setattr(wrapping, "backend_for", lambda _: backend)
             wanoffload.wrap(model, 1, device="cpu", host="pageable")
         model(X)
         runtime = wanoffload.offloader(model)

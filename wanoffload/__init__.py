@@ -3,27 +3,37 @@
     import wanoffload
     transformer = wanoffload.wrap(transformer, prefetch=2)   # in place, returns the same module
 
-Nothing happens at import: no CUDA call, no thread, no environment variable read.
+Nothing happens at import: no CUDA call, no thread, no environment variable read, and no torch: each
+name is loaded when it is first used, so that what only decides (`Workload`, `Hardware`) is there in
+milliseconds. No module of this package has the name of a public function: importing the module
+would put it in the function's place.
 """
 
-from wanoffload.errors import (
-    BackendError,
-    ClosedError,
-    ConcurrentForwardError,
-    GradientError,
-    HostMemoryError,
-    MoveError,
-    OffloadError,
-    TransferError,
-    TransferTimeout,
-    UnboundWeightError,
-    UsageError,
-    VerifyError,
-    WeightChangeError,
-    WrapError,
-)
-from wanoffload.runtime import Offloader, Stats
-from wanoffload.wrap import offloader, unwrap, wrap
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wanoffload.errors import (
+        BackendError,
+        ClosedError,
+        ConcurrentForwardError,
+        GradientError,
+        HostMemoryError,
+        MoveError,
+        OffloadError,
+        TransferError,
+        TransferTimeout,
+        UnboundWeightError,
+        UsageError,
+        VerifyError,
+        WeightChangeError,
+        WrapError,
+    )
+    from wanoffload.facts import ModelFacts
+    from wanoffload.hardware import Hardware
+    from wanoffload.runtime import Offloader, Stats
+    from wanoffload.workload import Workload
+    from wanoffload.wrapping import offloader, unwrap, wrap
 
 __version__ = "0.1.0"
 
@@ -32,7 +42,9 @@ __all__ = [
     "ClosedError",
     "ConcurrentForwardError",
     "GradientError",
+    "Hardware",
     "HostMemoryError",
+    "ModelFacts",
     "MoveError",
     "OffloadError",
     "Offloader",
@@ -43,8 +55,35 @@ __all__ = [
     "UsageError",
     "VerifyError",
     "WeightChangeError",
+    "Workload",
     "WrapError",
     "offloader",
     "unwrap",
     "wrap",
 ]
+
+_MODULE_OF = {
+    "Hardware": "hardware",
+    "ModelFacts": "facts",
+    "Offloader": "runtime",
+    "Stats": "runtime",
+    "Workload": "workload",
+    "offloader": "wrapping",
+    "unwrap": "wrapping",
+    "wrap": "wrapping",
+}
+"""Where a public name is defined; those that are not listed are errors."""
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:  # or type checkers would take any name for defined
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(f"{__name__}.{_MODULE_OF.get(name, 'errors')}")
+        globals()[name] = value = getattr(module, name)
+        return value
