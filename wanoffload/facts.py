@@ -1,0 +1,98 @@
+"""What is known of a model before anything is loaded: bytes, work for each token, its kind.
+
+Plain values. `wanoffload.look` finds them, in a pipeline, in a folder, or in a table of published
+models; by hand, `ModelFacts(...)` or `dataclasses.replace(facts, dmd_denoising_steps=(1000, 757))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from wanoffload.workload import Workload
+
+WAN = "wan"
+QWEN_IMAGE = "qwen-image"
+MOVA = "mova"
+OTHER = "other"
+FAMILIES = (WAN, QWEN_IMAGE, MOVA, OTHER)
+
+
+@dataclass(frozen=True)
+class ComponentFacts:
+    """Weights of one component, in bytes: its repeated blocks in the order of use, and the rest.
+
+    `activation_bytes_per_pixel`: of a VAE, the peak of encoding or decoding, above its weights, for
+    each pixel of a frame (it works through the frames a few at a time), and
+    `activation_bytes_per_voxel` for each pixel of each frame.
+    """
+
+    block_bytes: tuple[int, ...] = ()
+    other_bytes: int = 0
+    activation_bytes_per_pixel: float = 0.0
+    activation_bytes_per_voxel: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.block_bytes) + self.other_bytes
+
+
+@dataclass(frozen=True)
+class DitFacts(ComponentFacts):
+    """One diffusion transformer: weights, and what a forward of n tokens takes.
+
+    Matrix products: `matmul_flops_per_token` n + `matmul_flops`. Attention: `attention_flops_per_token`
+    n + `attention_flops_per_token_squared` n^2. Everything else is memory traffic:
+    `traffic_bytes_per_token` n. `kernels` are launched. At the peak, `activation_bytes_per_token` n +
+    `activation_bytes` stand beside the weights. All for a batch of one, eager.
+    """
+
+    matmul_flops_per_token: float = 0.0
+    matmul_flops: float = 0.0
+    attention_flops_per_token: float = 0.0
+    attention_flops_per_token_squared: float = 0.0
+    traffic_bytes_per_token: float = 0.0
+    kernels: int = 0
+    activation_bytes_per_token: float = 0.0
+    activation_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A pipeline, as far as deciding needs it. Unknown numbers are 0, missing components None.
+
+    `family`: one of FAMILIES; "wan" means a Wan pipeline, not one that is merely built from Wan
+    parts. `a14b`: Wan2.2 A14B (T2V or I2V), with its two experts. `dmd_denoising_steps`: the steps
+    of a step-distilled (DMD) variant, else None. `cache_dit`: the package cache-dit is active.
+    `sharded`: parameters of the DiT are DTensors. `layerwise_allowed`: what the model's deployment
+    config says. `dits`: one, or two experts, in the order of use. `temporal_factor`: frames that
+    become one latent frame (the first alone); `pixels_per_token`: side of the square of pixels that
+    becomes one token; `token_factor`: what editing multiplies tokens by.
+    """
+
+    name: str = ""
+    family: str = OTHER
+    a14b: bool = False
+    dmd_denoising_steps: Sequence[int] | None = None
+    cache_dit: bool = False
+    sharded: bool = False
+    layerwise_allowed: bool = True
+    dits: tuple[DitFacts, ...] = field(default_factory=tuple)
+    text_encoder: ComponentFacts | None = None
+    image_encoder: ComponentFacts | None = None
+    vae: ComponentFacts | None = None
+    temporal_factor: int = 4
+    pixels_per_token: int = 16
+    token_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family is one of {', '.join(FAMILIES)}, not {self.family!r}")
+
+    def tokens(self, workload: Workload) -> int:
+        """Tokens of one forward."""
+        frames = (workload.frames - 1) // self.temporal_factor + 1
+        side = self.pixels_per_token
+        return round(
+            frames * (workload.height // side) * (workload.width // side) * self.token_factor
+        )

@@ -1,0 +1,35 @@
+"""What is generated: the size of the video, and how many forwards it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One generation: pixels, frames (1 for an image), denoising steps, scale of guidance.
+
+    Guidance above 1 means two forwards a step, one with the prompt and one without.
+    """
+
+    height: int
+    width: int
+    frames: int = 1
+    steps: int = 50
+    guidance: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames", "steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Workload.{name} is a whole number, 1 or more, not {value!r}")
+        guidance = self.guidance
+        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or guidance < 0:
+            raise ValueError(f"Workload.guidance is a number, 0 or more, not {guidance!r}")
+
+    @property
+    def forwards_per_step(self) -> int:
+        return 2 if self.guidance > 1 else 1
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
