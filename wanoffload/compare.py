@@ -1,0 +1,175 @@
+"""Comparing: which placements of the DiT no choice forbids, which fit, which of them is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wanoffload import cost, rules
+from wanoffload.choices import AUXILIARY, DIT, Choices, blocks_ahead
+from wanoffload.cost import RESIDENT, STREAM, WHOLE, Around, Candidate, Placement
+from wanoffload.facts import ModelFacts
+from wanoffload.hardware import Hardware
+from wanoffload.rules import Decision
+from wanoffload.sizes import gb
+from wanoffload.workload import Workload
+
+EQUAL = 1.005
+"""Plans within half a per cent of the fastest count as equally fast."""
+ENOUGH = 1
+"""Blocks ahead that hide copies behind compute where blocks are alike; the least to consider."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is decided about: the arguments of `plan`, checked, and what the base rules say."""
+
+    facts: ModelFacts
+    workload: Workload | None
+    hardware: Hardware | None
+    mode: str
+    choices: Choices
+    decision: Decision
+
+    @property
+    def limits(self) -> Hardware:
+        """The machine; one without limits if none was given."""
+        return self.hardware or Hardware()
+
+    @property
+    def known(self) -> bool:
+        """Whether workload and machine are both known, so that the cost model may speak."""
+        return self.workload is not None and self.limits.device_memory is not None
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit that weights alone may exceed."""
+        return self.limits.device_memory is not None or self.choices.vram_budget is not None
+
+    @property
+    def base(self) -> Placement:
+        """What the base rules say."""
+        if self.decision.dit_layerwise:
+            return Placement(STREAM, self.decision.prefetch)
+        return Placement(WHOLE if self.decision.dit_cpu_offload else RESIDENT)
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A candidate and the verdict: None if it can be taken, else what is wrong with it."""
+
+    candidate: Candidate
+    obstacle: str | None
+
+
+def consider(problem: Problem) -> list[Considered]:
+    """Every permitted placement with its verdict, that of the base rules first."""
+    machine, _ = cost.with_assumed_rates(problem.limits)
+    found = []
+    for placement in permitted(problem):
+        around = around_of(problem.decision, placement)
+        candidate = cost.predict(problem.facts, placement, around, problem.workload, machine)
+        found.append(Considered(candidate, obstacle(problem, candidate)))
+    return found
+
+
+def permitted(problem: Problem) -> list[Placement]:
+    """Placements that no choice forbids, that of the base rules first."""
+    kinds = open_kinds(problem)
+    others = [Placement(kind) for kind in (RESIDENT, WHOLE) if kind in kinds]
+    if STREAM in kinds:
+        others += [Placement(STREAM, depth) for depth in depths(problem)]
+    return list(dict.fromkeys([problem.base, *others]))
+
+
+def open_kinds(problem: Problem) -> tuple[str, ...]:
+    """The kinds of placement that are not settled by a choice, the mode or the platform."""
+    choices, facts = problem.choices, problem.facts
+    decides = problem.mode in rules.AUTOMATIC_MODES and (problem.known or problem.limited)
+    if not decides or not facts.dits:
+        return ()
+    if rules.layerwise_chosen(choices):
+        return (STREAM,)  # how deep is still open
+    supported = problem.limits.platform in rules.SUPPORTED_PLATFORMS
+    if not supported or facts.sharded or choices.use_fsdp_inference:
+        return ()
+    coarse = {None: (RESIDENT, WHOLE), True: (WHOLE,), False: (RESIDENT,)}[choices.dit_cpu_offload]
+    return coarse if stream_forbidden(facts, choices) else (*coarse, STREAM)
+
+
+def stream_forbidden(facts: ModelFacts, choices: Choices) -> bool:
+    """Whether a choice, or cache-dit, rules streaming out."""
+    chosen = choices.layerwise_offload_components
+    left_out = chosen is not None and DIT not in chosen
+    return choices.dit_layerwise_offload is False or left_out or facts.cache_dit
+
+
+def depths(problem: Problem) -> tuple[int, ...]:
+    """Numbers of blocks ahead to compare."""
+    chosen = problem.choices.dit_offload_prefetch_size
+    if chosen is not None:
+        return (blocks_ahead(chosen, rules.most_blocks(problem.facts)),)
+    return (rules.DEFAULT_PREFETCH, ENOUGH)
+
+
+def components(decision: Decision, placement: Placement) -> list[str]:
+    """What is offloaded layer by layer with this placement, DiT first."""
+    rest = [name for name in decision.components if name != DIT]
+    return [DIT, *rest] if placement.kind == STREAM else rest
+
+
+def around_of(decision: Decision, placement: Placement) -> Around:
+    """How the other components are run beside it."""
+    streamed = components(decision, placement)
+
+    def how(name: str) -> str:
+        if name in streamed:
+            return STREAM if name != "vae" else WHOLE  # half a gigabyte: it moves as a whole
+        return WHOLE if decision.coarse[name] else RESIDENT
+
+    return Around(**{name: how(name) for name in AUXILIARY})
+
+
+def obstacle(problem: Problem, candidate: Candidate) -> str | None:
+    """Why a candidate can't be taken: budget, device memory, host memory; None if it can."""
+    budget = problem.choices.vram_budget
+    if budget is not None and candidate.device_weight_bytes > budget:
+        taken = gb(candidate.device_weight_bytes)
+        return f"weights take {taken} of the device, vram_budget is {gb(budget)}"
+    device, host = problem.limits.device_memory, problem.limits.host_memory
+    if device is not None and candidate.device_need_bytes > int(device):
+        need = gb(candidate.device_need_bytes)
+        return f"needs {need} of device memory, reserve included; {gb(int(device))} are there"
+    locked = candidate.host_locked_bytes
+    if host is not None and locked and locked + cost.HOST_RESERVE_BYTES > int(host):
+        return f"locks {gb(locked)} of host memory; {gb(int(host))} are there"
+    return None
+
+
+def choose(problem: Problem, considered: list[Considered]) -> Candidate | None:
+    """The candidate to take, or None if none can be."""
+    usable = [c.candidate for c in considered if c.obstacle is None]
+    if not usable:
+        return None
+    timed = all(candidate.step_seconds is not None for candidate in usable)
+    if not (problem.known and timed and problem.mode in rules.AUTOMATIC_MODES):
+        return usable[0]  # the base rules' own if it fits, else the simplest
+    usable = _by_rule_1(problem, usable)
+    if problem.mode == "auto":
+        fastest = min(seconds(candidate) for candidate in usable)
+        usable = [c for c in usable if seconds(c) <= fastest * EQUAL]
+    return min(usable, key=lambda c: (c.device_peak_bytes, seconds(c)))
+
+
+def _by_rule_1(problem: Problem, usable: list[Candidate]) -> list[Candidate]:
+    """Where rule 1 keeps a DiT from being streamed by itself, it is only if nothing else fits."""
+    if rules.layerwise_chosen(problem.choices):
+        return usable
+    if rules.why_not(problem.facts, problem.choices, problem.limits.platform) is None:
+        return usable
+    return [c for c in usable if c.placement.kind != STREAM] or usable
+
+
+def seconds(candidate: Candidate) -> float:
+    """The predicted step of a candidate that has one."""
+    assert candidate.step_seconds is not None
+    return candidate.step_seconds

@@ -1,0 +1,302 @@
+"""The cost model: what each way of running the DiT takes. Pure arithmetic on plain values.
+
+A *placement* is a way to run the DiT. `predict` gives a `Candidate`: the placement with seconds a
+step, bytes on the device and on the host. The constants below were measured on an H200 by
+`python -m benchmarks predict`; `docs/policy.md` has the comparison.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from wanoffload.facts import ComponentFacts, DitFacts, ModelFacts
+from wanoffload.hardware import Hardware
+from wanoffload.workload import Workload
+
+RESIDENT = "resident"
+WHOLE = "whole"
+STREAM = "stream"
+
+RESERVE_BYTES = 512 << 20
+"""Device memory left to libraries (cuBLAS workspaces, kernels) and to others."""
+RESERVE_OF_ACTIVATIONS = 0.5
+"""Part of the activations that torch's allocator may reserve on top: 0.46 was measured."""
+HOST_RESERVE_BYTES = 1 << 30
+"""Host memory left to the process itself."""
+LOCK_GB_PER_S = 9.0
+"""Moving weights into page-locked images: 28.1 GB took 3.2 s."""
+CONTENTION = {1: 0.018}
+"""What copies cost compute when both take the same time, for each prefetch; see `_streamed`."""
+CONTENTION_DEEPER = 0.009
+LAUNCH_FACTOR = 3.0
+"""Host time of an operation inside a diffusers model, in launches of a bare one."""
+SLOT_LEAD_BYTES = 256
+ENCODER_PREFETCH = 2
+"""Blocks of an encoder fetched ahead."""
+
+ASSUMED = Hardware(
+    link_gb_per_s=55.2,
+    pageable_gb_per_s=6.9,
+    matmul_tflops=700.0,
+    attention_tflops=500.0,
+    device_gb_per_s=4000.0,
+    launch_us=6.0,
+    name="an H200",
+)
+"""Rates that stand in for unknown ones."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A way to run the DiT.
+
+    `kind`: RESIDENT, on the device; WHOLE, the DiT goes to the device for its use and back, one
+    expert at a time; STREAM, block by block, `prefetch` blocks ahead.
+    """
+
+    kind: str
+    prefetch: int | None = None
+
+    def __str__(self) -> str:
+        if self.kind == STREAM:
+            return f"streamed, prefetch {self.prefetch}"
+        return {RESIDENT: "resident", WHOLE: "whole, to the device and back"}[self.kind]
+
+
+@dataclass(frozen=True)
+class Around:
+    """How the other components are run: "resident", "parked" (as a whole) or "streamed"."""
+
+    text_encoder: str = RESIDENT
+    image_encoder: str = RESIDENT
+    vae: str = RESIDENT
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement with what it takes. Times are None where compute is not known.
+
+    `device_peak_bytes`: weights and activations at the worst moment of a generation.
+    `device_weight_bytes`: of the DiT at most, slots included. `device_need_bytes`: the peak with
+    the stated reserve. `host_locked_bytes`: page-locked, of all components.
+    """
+
+    placement: Placement
+    step_seconds: float | None
+    start_seconds: float
+    device_peak_bytes: int
+    device_need_bytes: int
+    device_weight_bytes: int
+    host_locked_bytes: int
+
+
+def with_assumed_rates(hardware: Hardware) -> tuple[Hardware, list[str]]:
+    """The machine with ASSUMED rates where its own are unknown, and the names of these."""
+    rates = ("link_gb_per_s", "pageable_gb_per_s", "matmul_tflops", "attention_tflops")
+    rates += ("device_gb_per_s", "launch_us")
+    missing = [name for name in rates if getattr(hardware, name) is None]
+    return replace(hardware, **{name: getattr(ASSUMED, name) for name in missing}), missing
+
+
+def forward_seconds(dit: DitFacts, tokens: int, machine: Hardware) -> float | None:
+    """One forward of the resident DiT; None where its work is not known.
+
+    The device's time for products, attention and everything else, or the host's for launching.
+    """
+    if not dit.matmul_flops_per_token:
+        return None
+    products = dit.matmul_flops_per_token * tokens + dit.matmul_flops
+    attention = (
+        dit.attention_flops_per_token + dit.attention_flops_per_token_squared * tokens
+    ) * tokens
+    device = (
+        products / (_rate(machine.matmul_tflops) * 1e12)
+        + attention / (_rate(machine.attention_tflops) * 1e12)
+        + dit.traffic_bytes_per_token * tokens / (_rate(machine.device_gb_per_s) * 1e9)
+    )
+    return max(device, dit.kernels * _rate(machine.launch_us) * LAUNCH_FACTOR / 1e6)
+
+
+def _rate(value: float | None) -> float:
+    assert value is not None  # with_assumed_rates() has filled it in
+    return value
+
+
+def predict(
+    facts: ModelFacts,
+    placement: Placement,
+    around: Around,
+    workload: Workload | None,
+    machine: Hardware,
+) -> Candidate:
+    """What a generation takes with this placement, on a machine whose rates are all known."""
+    tokens = facts.tokens(workload) if workload else 0
+    activations = max((_activations(dit, tokens) for dit in facts.dits), default=0)
+    weights = _weights_while_denoising(facts, placement)
+    peaks = [
+        (weights + _standing(facts, around), activations),
+        *_other_stages(facts, placement, around, workload),
+    ]
+    return Candidate(
+        placement=placement,
+        step_seconds=_step_seconds(facts, placement, tokens, workload, machine),
+        start_seconds=_start_seconds(facts, placement, around, machine),
+        device_peak_bytes=max(fixed + moving for fixed, moving in peaks),
+        device_need_bytes=max(
+            fixed + round(moving * (1 + RESERVE_OF_ACTIVATIONS)) for fixed, moving in peaks
+        )
+        + RESERVE_BYTES,
+        device_weight_bytes=weights,
+        host_locked_bytes=_locked(facts, placement, around),
+    )
+
+
+def _activations(dit: DitFacts, tokens: int) -> int:
+    if not tokens:
+        return 0
+    return round(dit.activation_bytes_per_token * tokens + dit.activation_bytes)
+
+
+# Weights.
+
+
+def slots_bytes(component: ComponentFacts, prefetch: int) -> int:
+    """Device memory of the slots: `prefetch` + 1 of the largest block, no more than blocks."""
+    if not component.block_bytes:
+        return 0
+    count = min(prefetch + 1, len(component.block_bytes))
+    return SLOT_LEAD_BYTES + count * max(component.block_bytes)
+
+
+def _weights_while_denoising(facts: ModelFacts, placement: Placement) -> int:
+    """Bytes of the DiTs' weights on the device while one of them runs."""
+    if placement.kind == RESIDENT:
+        return sum(dit.bytes for dit in facts.dits)
+    if placement.kind == WHOLE:
+        return max((dit.bytes for dit in facts.dits), default=0)
+    assert placement.prefetch is not None
+    slots = max((slots_bytes(dit, placement.prefetch) for dit in facts.dits), default=0)
+    return slots + sum(dit.other_bytes for dit in facts.dits)
+
+
+def _weights_between(facts: ModelFacts, placement: Placement) -> int:
+    """Bytes of the DiTs' weights on the device while another component runs."""
+    if placement.kind == RESIDENT:
+        return sum(dit.bytes for dit in facts.dits)
+    if placement.kind == WHOLE:
+        return 0
+    return sum(dit.other_bytes for dit in facts.dits)
+
+
+def _auxiliary(facts: ModelFacts, around: Around) -> list[tuple[str, ComponentFacts, str]]:
+    found = (
+        ("text_encoder", facts.text_encoder, around.text_encoder),
+        ("image_encoder", facts.image_encoder, around.image_encoder),
+        ("vae", facts.vae, around.vae),
+    )
+    return [(name, component, how) for name, component, how in found if component is not None]
+
+
+def _standing(facts: ModelFacts, around: Around, but: str = "") -> int:
+    """Bytes of the other components that are always on the device, one of them left out."""
+    return sum(
+        component.bytes
+        for name, component, how in _auxiliary(facts, around)
+        if how == RESIDENT and name != but
+    )
+
+
+def _other_stages(
+    facts: ModelFacts, placement: Placement, around: Around, workload: Workload | None
+) -> list[tuple[int, int]]:
+    """(weights, activations) on the device while each of the other components runs."""
+    stages = []
+    for name, component, how in _auxiliary(facts, around):
+        own = component.bytes
+        if how == STREAM:
+            own = component.other_bytes + slots_bytes(component, ENCODER_PREFETCH)
+        fixed = _weights_between(facts, placement) + _standing(facts, around, name) + own
+        stages.append((fixed, _image_activations(component, workload)))
+    return stages
+
+
+def _image_activations(component: ComponentFacts, workload: Workload | None) -> int:
+    if workload is None:
+        return 0
+    pixels = workload.height * workload.width
+    return round(
+        pixels * component.activation_bytes_per_pixel
+        + pixels * workload.frames * component.activation_bytes_per_voxel
+    )
+
+
+def _locked(facts: ModelFacts, placement: Placement, around: Around) -> int:
+    """Host bytes that will be page-locked: everything that is streamed or parked, once."""
+    total = 0
+    if placement.kind == WHOLE:
+        total += sum(dit.bytes for dit in facts.dits)
+    elif placement.kind == STREAM:
+        total += sum(sum(dit.block_bytes) for dit in facts.dits)
+    for _, component, how in _auxiliary(facts, around):
+        total += component.bytes if how != RESIDENT else 0
+    return total
+
+
+# Time.
+
+
+def _step_seconds(
+    facts: ModelFacts,
+    placement: Placement,
+    tokens: int,
+    workload: Workload | None,
+    machine: Hardware,
+) -> float | None:
+    """Seconds of one denoising step, of the slower expert; moves are spread over all steps."""
+    if workload is None or not facts.dits:
+        return None
+    times = [_forward(dit, placement, tokens, machine) for dit in facts.dits]
+    known = [time for time in times if time is not None]
+    if len(known) < len(times):
+        return None
+    step = max(known) * workload.forwards_per_step
+    if placement.kind == WHOLE:
+        moved = sum(dit.bytes for dit in facts.dits)
+        step += _link_seconds(moved, machine) / workload.steps
+    return step
+
+
+def _link_seconds(nbytes: int, machine: Hardware) -> float:
+    return nbytes / (_rate(machine.link_gb_per_s) * 1e9)
+
+
+def _forward(dit: DitFacts, placement: Placement, tokens: int, machine: Hardware) -> float | None:
+    compute = forward_seconds(dit, tokens, machine)
+    if compute is None or placement.kind != STREAM:
+        return compute
+    assert placement.prefetch is not None
+    return _streamed(compute, _link_seconds(sum(dit.block_bytes), machine), placement.prefetch)
+
+
+def _streamed(compute: float, copy: float, prefetch: int) -> float:
+    """The slower of compute and copies, and a little for how they get in each other's way.
+
+    They share memory and power, and with one block ahead a late block is waited for. It shows where
+    both take the same time: 1.8 % with one block ahead, 0.9 % with more.
+    """
+    if prefetch == 0:
+        return compute + copy
+    slower, faster = max(compute, copy), min(compute, copy)
+    return slower * (1 + CONTENTION.get(prefetch, CONTENTION_DEEPER) * faster / slower)
+
+
+def _start_seconds(
+    facts: ModelFacts, placement: Placement, around: Around, machine: Hardware
+) -> float:
+    """Seconds to set up from ordinary host memory: page-locking, and copies to the device."""
+    locked = _locked(facts, placement, around)
+    moved = _standing(facts, around)
+    if placement.kind == RESIDENT:
+        moved += sum(dit.bytes for dit in facts.dits)
+    pageable = _rate(machine.pageable_gb_per_s)
+    return locked / (LOCK_GB_PER_S * 1e9) + moved / (pageable * 1e9)

@@ -1,0 +1,212 @@
+"""Deciding: `plan` turns a model, a workload, a machine and choices into a `Plan` that says why.
+
+Pure: values in, values out; no torch, no GPU. The base rules (`rules`) say what is on when workload
+or machine are unknown. When both are known the cost model (`cost`, `compare`) may overrule rules 2
+and 3, never a choice. `wanoffload.enable` acts on a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from wanoffload import compare, cost, rules
+from wanoffload.choices import Choices, check_mode
+from wanoffload.compare import EQUAL, Considered, Problem, seconds
+from wanoffload.cost import STREAM, WHOLE, Candidate
+from wanoffload.facts import ModelFacts
+from wanoffload.hardware import Hardware
+from wanoffload.look import look
+from wanoffload.sizes import gb
+from wanoffload.workload import Workload
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided, under the choices' own names, what is predicted, and why.
+
+    `dit_offload_prefetch_size` is a number of blocks, None where the DiT is not streamed.
+    Predictions are None where nothing is known to predict from: `step_seconds` (one denoising step,
+    all its forwards), `start_seconds`, `device_peak_bytes` (weights and activations, allocated, at
+    the worst moment of a generation), `host_locked_bytes`. `fits` is False if no permitted plan
+    fits; `messages` say what gives way and what does not fit; `reasons` names for each choice the
+    rule that set it; `considered` are the candidates that were compared.
+    """
+
+    mode: str
+    facts: ModelFacts
+    workload: Workload | None
+    hardware: Hardware | None
+    dit_layerwise_offload: bool
+    dit_cpu_offload: bool
+    dit_offload_prefetch_size: int | None
+    layerwise_offload_components: list[str]
+    text_encoder_cpu_offload: bool
+    image_encoder_cpu_offload: bool
+    vae_cpu_offload: bool
+    use_fsdp_inference: bool
+    vram_budget: int | None
+    step_seconds: float | None
+    start_seconds: float | None
+    device_peak_bytes: int | None
+    host_locked_bytes: int | None
+    fits: bool
+    reasons: Mapping[str, str]
+    messages: tuple[str, ...] = ()
+    considered: tuple[Considered, ...] = field(default=(), repr=False)
+
+    def explain(self) -> str:
+        """The plan in plain text: what was decided, by which rule, and what was compared."""
+        from wanoffload import explain
+
+        return explain.text(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as a dictionary of values that JSON can hold."""
+        from wanoffload import explain
+
+        return explain.as_dict(self)
+
+
+def plan(
+    model: object,
+    workload: Workload | None = None,
+    hardware: Hardware | None = None,
+    *,
+    mode: str = "auto",
+    **choices: Any,
+) -> Plan:
+    """Decides how a model is run. Changes nothing.
+
+    Args:
+        model: a diffusers pipeline or transformer, a local folder in the hub's layout, the id of a
+            published Wan repository, or `ModelFacts`.
+        workload: what will be generated; None: unknown.
+        hardware: the machine, measured (`Hardware.probe()`) or written by hand; None: unknown, a
+            machine with CUDA.
+        mode: "auto", the fastest plan that fits, of equals the one with least device memory;
+            "memory", least device memory; "speed", everything resident; "manual", what was chosen.
+        choices: `dit_layerwise_offload`, `dit_cpu_offload`, `layerwise_offload_components`,
+            `dit_offload_prefetch_size`, `text_encoder_cpu_offload`, `image_encoder_cpu_offload`,
+            `vae_cpu_offload`, `use_fsdp_inference`, `vram_budget` (bytes or text: what the DiT's
+            weights may take on the device). None is the same as not given.
+
+    Returns:
+        A plan. If nothing that is permitted fits, `fits` is False and `messages` have the numbers.
+
+    Raises:
+        ValueError: unknown or contradicting choices, an unknown model, a `vram_budget` that no
+            permitted plan can keep; says what is allowed.
+    """
+    mode = check_mode(mode)
+    made = Choices.of(choices)
+    _check_types(workload, hardware)
+    facts = look(model)
+    platform = hardware.platform if hardware is not None else "cuda"
+    decision = rules.decide(facts, mode, made, platform)
+    problem = Problem(facts, workload, hardware, mode, made, decision)
+    considered = compare.consider(problem)
+    taken = compare.choose(problem, considered)
+    if taken is None:
+        taken = considered[0].candidate
+        decision.messages.append(_nothing_fits(problem, considered))
+    elif taken.placement != problem.base:
+        _say_overruled(problem, considered[0], taken)
+    return _write(problem, taken, considered)
+
+
+def _check_types(workload: object, hardware: object) -> None:
+    if workload is not None and not isinstance(workload, Workload):
+        raise ValueError(f"workload is a Workload(height, width, frames, ...), not {workload!r}")
+    if hardware is not None and not isinstance(hardware, Hardware):
+        raise ValueError(f"hardware is a Hardware, by hand or Hardware.probe(), not {hardware!r}")
+
+
+def _say_overruled(problem: Problem, base: Considered, taken: Candidate) -> None:
+    """Reasons for what the cost model decided in place of a rule."""
+    decision, choices = problem.decision, problem.choices
+    why = _why(problem, base, taken)
+    deeper = "dit_offload_prefetch_size"
+    if taken.placement.kind == base.candidate.placement.kind:
+        rule = decision.reasons[deeper].partition(":")[0]
+        decision.reasons[deeper] = f"cost model over {rule}: {taken.placement}; {why}"
+        return
+    rule = decision.reasons["dit_layerwise_offload"].partition(":")[0]
+    decision.reasons["dit_layerwise_offload"] = f"cost model over {rule}: {taken.placement}; {why}"
+    if not choices.made("dit_cpu_offload"):
+        decision.reasons["dit_cpu_offload"] = f"cost model: {taken.placement}"
+    if taken.placement.kind != STREAM:
+        decision.reasons[deeper] = "rule 4: the DiT is not streamed"
+    elif choices.made(deeper):
+        decision.reasons[deeper] = rules.CHOSEN
+        decision.messages[:] = [m for m in decision.messages if not m.startswith(deeper)]
+    else:
+        decision.reasons[deeper] = "cost model: what is enough"
+
+
+def _why(problem: Problem, base: Considered, taken: Candidate) -> str:
+    of_base = base.candidate
+    if base.obstacle is not None:
+        return f"{of_base.placement} does not fit: {base.obstacle}"
+    less = gb(of_base.device_peak_bytes - taken.device_peak_bytes)
+    if problem.mode == "memory" or seconds(of_base) <= seconds(taken) * EQUAL:
+        return f"{less} less device memory than {of_base.placement}, {_times(of_base, taken)}"
+    return f"faster than {of_base.placement}, {_times(of_base, taken)}"
+
+
+def _times(base: Candidate, taken: Candidate) -> str:
+    return f"{seconds(taken):.3g} s a step against {seconds(base):.3g} s"
+
+
+def _nothing_fits(problem: Problem, considered: list[Considered]) -> str:
+    found = "; ".join(f"{c.candidate.placement}: {c.obstacle}" for c in considered)
+    budget = problem.choices.vram_budget
+    least = min(c.candidate.device_weight_bytes for c in considered)
+    if budget is not None and least > budget:
+        raise ValueError(
+            f"vram_budget={gb(budget)} is too small: the least that is possible here is "
+            f"{gb(least)} ({found})"
+        )
+    return (
+        f"nothing that is permitted fits ({found}). What helps against too little device memory: "
+        "mode 'memory', leaving the choices for the DiT unset, fewer frames or a smaller size; "
+        "against too little host memory: wrap(transformer, host='pageable'), which locks 128 MiB."
+    )
+
+
+def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> Plan:
+    decision, placement = problem.decision, taken.placement
+    _, assumed = cost.with_assumed_rates(problem.limits)
+    timed = taken.step_seconds is not None and problem.hardware is not None
+    if timed and assumed:
+        decision.messages.append(
+            f"rates that are not known are taken from {cost.ASSUMED.name}: {', '.join(assumed)}"
+        )
+    sized = bool(problem.facts.dits)
+    made = problem.choices.made("vram_budget")
+    decision.reasons["vram_budget"] = rules.CHOSEN if made else "not chosen"
+    return Plan(
+        mode=problem.mode,
+        facts=problem.facts,
+        workload=problem.workload,
+        hardware=problem.hardware,
+        dit_layerwise_offload=placement.kind == STREAM,
+        dit_cpu_offload=decision.dit_cpu_offload or placement.kind == WHOLE,
+        dit_offload_prefetch_size=placement.prefetch,
+        layerwise_offload_components=compare.components(decision, placement),
+        text_encoder_cpu_offload=decision.coarse["text_encoder"],
+        image_encoder_cpu_offload=decision.coarse["image_encoder"],
+        vae_cpu_offload=decision.coarse["vae"],
+        use_fsdp_inference=decision.fsdp,
+        vram_budget=problem.choices.vram_budget,
+        step_seconds=taken.step_seconds if timed else None,
+        start_seconds=taken.start_seconds if sized and problem.hardware is not None else None,
+        device_peak_bytes=taken.device_peak_bytes if sized and problem.workload else None,
+        host_locked_bytes=taken.host_locked_bytes if sized else None,
+        fits=any(c.obstacle is None for c in considered),
+        reasons=MappingProxyType(decision.reasons),
+        messages=tuple(decision.messages),
+        considered=tuple(considered),
+    )
