@@ -5,28 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from wanoffload.choices import MODES
+from wanoffload.arguments import choices_of, hardware_of, make_parser, workload_of
 from wanoffload.errors import OffloadError
-from wanoffload.hardware import PLATFORMS, Hardware
-from wanoffload.sizes import gb, parse_bytes
-from wanoffload.workload import Workload
+from wanoffload.hardware import Hardware
+from wanoffload.sizes import gb
 
-FLAGS = {
-    "--dit-layerwise-offload": "stream the DiT, block by block, while it runs. Combines with "
-    "--dit-cpu-offload: together they give the lowest peak of device memory",
-    "--dit-cpu-offload": "the DiT's weights start in host memory, so that a card smaller than the "
-    "DiT can load it; alone, the whole DiT goes to the device for its use and back. Combines with "
-    "--dit-layerwise-offload: together they give the lowest peak of device memory",
-    "--text-encoder-cpu-offload": "the text encoder is on the device only while it is used",
-    "--image-encoder-cpu-offload": "the image encoder is on the device only while it is used",
-    "--vae-cpu-offload": "the VAE is on the device only while it is used",
-    "--use-fsdp-inference": "you shard the DiT yourself (FSDP): it is left alone",
-}
 RATE_LABELS = {
     "link_gb_per_s": ("page-locked host memory to device", "GB/s"),
     "pageable_gb_per_s": ("ordinary host memory to device", "GB/s"),
@@ -41,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, or 2 after an error in one line on stderr."""
     arguments = make_parser().parse_args(argv)
     try:
-        print(arguments.command(arguments))
+        print(COMMANDS[arguments.command](arguments))
     except (ValueError, OffloadError) as error:
         print(f"wanoffload: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -76,41 +62,6 @@ def run_plan(arguments: argparse.Namespace) -> str:
     return made.explain()
 
 
-def workload_of(arguments: argparse.Namespace) -> Workload | None:
-    """From --size and --frames, None without them."""
-    if arguments.size is None and arguments.frames is None:
-        return None
-    if arguments.size is None or arguments.frames is None:
-        missing = "--size" if arguments.size is None else "--frames"
-        raise ValueError(f"--size and --frames go together, and {missing} is missing")
-    width, height = arguments.size
-    return Workload(height, width, arguments.frames, arguments.steps, arguments.guidance)
-
-
-def hardware_of(arguments: argparse.Namespace) -> Hardware | None:
-    """By hand, measured, or measured with some values by hand; None where nothing was given."""
-    by_hand = {
-        "device_memory": arguments.vram,
-        "host_memory": arguments.host_memory,
-        "link_gb_per_s": arguments.link,
-        "matmul_tflops": arguments.tflops,
-        "attention_tflops": arguments.tflops,
-        "platform": arguments.platform,
-    }
-    given = {name: value for name, value in by_hand.items() if value is not None}
-    if arguments.probe:
-        return dataclasses.replace(Hardware.probe(), **given)
-    return Hardware(**given) if given else None
-
-
-def choices_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The choices that were made, under their names in `wanoffload.plan`."""
-    names = [flag.removeprefix("--").replace("-", "_") for flag in FLAGS]
-    names += ["layerwise_offload_components", "dit_offload_prefetch_size", "vram_budget"]
-    values = {name: getattr(arguments, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _machine_table(hardware: Hardware, last: str | None) -> str:
     sizes = {"device memory": hardware.device_memory, "host memory": hardware.host_memory}
     rows = [(f"{name} to be had", _size(size)) for name, size in sizes.items()]
@@ -126,109 +77,4 @@ def _size(size: int | str | None) -> str:
     return "unknown" if size is None else gb(int(size))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser; `arguments.command` is what to run."""
-    parser = argparse.ArgumentParser(prog="wanoffload", description="Offloading for Wan models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_probe(commands.add_parser("probe", help="measure this machine", description=_PROBE))
-    _add_plan(commands.add_parser("plan", help="say how a model will run", description=_PLAN))
-    return parser
-
-
-_PROBE = (
-    "Shows this machine: memory as it is now, and rates, which are measured once, in less than "
-    "three seconds, and kept."
-)
-_PLAN = (
-    "Says how a model will be run, what that takes, and why. Nothing is loaded. Without --probe "
-    "and values by hand the machine is unknown, and without --size and --frames the workload: then "
-    "the base rules alone decide."
-)
-
-
-def _add_probe(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=run_probe)
-    parser.add_argument("--device", help="default: torch's current CUDA device, else the CPU")
-    parser.add_argument("--refresh", action="store_true", help="measure again")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=run_plan)
-    parser.add_argument(
-        "model", help="id of a published Wan repository, or a folder in the hub's layout"
-    )
-    parser.add_argument("--mode", choices=MODES, default="auto", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_workload(parser.add_argument_group("workload"))
-    _add_hardware(parser.add_argument_group("machine"))
-    _add_choices(parser.add_argument_group("choices", "Unset means: decide for me."))
-
-
-def _add_workload(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--size", type=_pixels, metavar="WxH", help="width x height: 832x480")
-    group.add_argument("--frames", type=int, metavar="N", help="1 for an image")
-    group.add_argument("--steps", type=int, default=40, metavar="N", help="default: %(default)s")
-    group.add_argument(
-        "--guidance", type=float, default=5.0, metavar="SCALE", help="default: %(default)s"
-    )
-
-
-def _add_hardware(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--probe", action="store_true", help="this machine; values by hand replace its own"
-    )
-    group.add_argument("--vram", type=_bytes, metavar="SIZE", help="device memory to be had: 24GiB")
-    group.add_argument(
-        "--host-memory", type=_bytes, metavar="SIZE", help="host memory to be had: 64GiB"
-    )
-    group.add_argument(
-        "--link", type=float, metavar="GB/S", help="page-locked host memory to device"
-    )
-    group.add_argument(
-        "--tflops", type=float, metavar="N", help="achieved in bf16, by products and attention"
-    )
-    group.add_argument("--platform", choices=PLATFORMS, help="default: cuda")
-
-
-def _add_choices(group: argparse._ArgumentGroup) -> None:
-    for flag, text in FLAGS.items():
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-    group.add_argument(
-        "--layerwise-offload-components",
-        type=_names,
-        metavar="NAMES",
-        help="of dit,text_encoder,image_encoder,vae; or default (the last three), or all",
-    )
-    group.add_argument(
-        "--dit-offload-prefetch-size",
-        type=float,
-        metavar="N",
-        help="blocks fetched ahead: a count, or below 1 a ratio of all blocks",
-    )
-    group.add_argument(
-        "--vram-budget",
-        type=_bytes,
-        metavar="SIZE",
-        help="what the DiT's weights may take on the device: 6GiB",
-    )
-
-
-def _bytes(text: str) -> int:
-    if text.strip().isdigit() and text.strip() != "0":
-        raise argparse.ArgumentTypeError(f"{text} of what? Write {text}GiB, {text}GB or {text}B")
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _pixels(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a width x height such as 832x480")
-    return int(found[1]), int(found[2])
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+COMMANDS = {"probe": run_probe, "plan": run_plan}
