@@ -157,7 +157,7 @@ def choose(problem: Problem, considered: list[Considered]) -> Candidate | None:
     if problem.mode == "auto":
         fastest = min(seconds(candidate) for candidate in usable)
         usable = [c for c in usable if seconds(c) <= fastest * EQUAL]
-    return min(usable, key=lambda c: (c.device_peak_bytes, seconds(c)))
+    return min(usable, key=lambda c: (c.device_peak_bytes, c.device_weight_bytes, seconds(c)))
 
 
 def _by_rule_1(problem: Problem, usable: list[Candidate]) -> list[Candidate]:

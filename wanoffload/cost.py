@@ -19,8 +19,9 @@ STREAM = "stream"
 
 RESERVE_BYTES = 512 << 20
 """Device memory left to libraries (cuBLAS workspaces, kernels) and to others."""
-RESERVE_OF_ACTIVATIONS = 0.5
-"""Part of the activations that torch's allocator may reserve on top: 0.46 was measured."""
+RESERVE_OF_ACTIVATIONS = 0.1
+"""Part of the activations that fragments may take on top where memory is tight. Where there is room
+torch's allocator reserves up to half of them on top; it gives that back when it runs short."""
 HOST_RESERVE_BYTES = 1 << 30
 """Host memory left to the process itself."""
 LOCK_GB_PER_S = 9.0
@@ -30,6 +31,8 @@ CONTENTION = {1: 0.018}
 CONTENTION_DEEPER = 0.009
 LAUNCH_FACTOR = 3.0
 """Host time of an operation inside a diffusers model, in launches of a bare one."""
+TRAFFIC_EFFICIENCY = 1.0
+"""Part of the rate of one large elementwise kernel that the many of a block reach."""
 SLOT_LEAD_BYTES = 256
 ENCODER_PREFETCH = 2
 """Blocks of an encoder fetched ahead."""
@@ -112,7 +115,9 @@ def forward_seconds(dit: DitFacts, tokens: int, machine: Hardware) -> float | No
     device = (
         products / (_rate(machine.matmul_tflops) * 1e12)
         + attention / (_rate(machine.attention_tflops) * 1e12)
-        + dit.traffic_bytes_per_token * tokens / (_rate(machine.device_gb_per_s) * 1e9)
+        + dit.traffic_bytes_per_token
+        * tokens
+        / (_rate(machine.device_gb_per_s) * 1e9 * TRAFFIC_EFFICIENCY)
     )
     return max(device, dit.kernels * _rate(machine.launch_us) * LAUNCH_FACTOR / 1e6)
 
