@@ -106,9 +106,13 @@ class Binding(hooks.Attached):
                 parameters[key] = plain[number]
         self.index = -1  # what is still held is written to like any other tensor
 
+    def forget_views(self) -> None:
+        """The slots are going: lets go of the views into them."""
+        self._views.clear()
+
     def close(self) -> None:
         """The image is ordinary memory from here on; the slots' views are let go."""
-        self._views.clear()
+        self.forget_views()
         self.image.unlock()
 
     def take_in_changes(self) -> None:

@@ -16,6 +16,8 @@ from wanoffload import hooks, image, units
 from wanoffload._C import Backend, CudaBackend, HostBackend, Prefetcher, fingerprint
 from wanoffload.binding import Binding
 from wanoffload.errors import ConcurrentForwardError, MoveError, WrapError
+from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.step_time import StepTime
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,10 @@ class Stats:
 
     `cold`: acquires that found nobody had fetched their block yet. `host_bytes`: of all images;
     `locked_bytes`: page-locked, images and ring; `slot_bytes`: on the device, all slots;
-    `ring_bytes`: of the pinned ring, 0 where every image is page-locked.
+    `ring_bytes`: of the pinned ring, 0 where every image is page-locked. `slots`, `slot_bytes` and
+    `ring_bytes` are 0 while the offloader is paused. `predicted_step_seconds`: of a denoising step,
+    by the plan; `measured_step_seconds`: of the second step. None where nothing was predicted, or
+    the device has not got that far.
     """
 
     forwards: int
@@ -42,6 +47,11 @@ class Stats:
     locked_bytes: int
     slot_bytes: int
     ring_bytes: int
+    predicted_step_seconds: float | None = None
+    measured_step_seconds: float | None = None
+
+
+_COUNTS = ("acquires", "cold", "fetches", "bytes_fetched", "invalidations", "failures")
 
 
 def backend_for(device: torch.device) -> Backend:
@@ -60,7 +70,8 @@ class SlotMemory:
         self.count = count
         self.slot_bytes = slot_bytes
         self.lead = image.ALIGNMENT
-        self.memory = torch.empty(self.lead + count * slot_bytes, dtype=torch.uint8, device=device)
+        nbytes = self.lead + count * slot_bytes if count else 0
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._storage = self.memory.untyped_storage().data_ptr()
         if device.type == "cuda":
             # The allocator may hand out memory that queued kernels still use, in the order of
@@ -110,17 +121,35 @@ class Offloader(hooks.Attached):
         self.bindings: list[Binding] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
         self.moving_all = False
-        # The engine keeps this list alive, and so the memory until it has closed.
-        self._slot_owner = [slots.memory]
-        self._prefetcher = Prefetcher(
-            backend, slots.addresses(), slots.slot_bytes, self._slot_owner, depth=prefetch
-        )
+        self.before_forward: Callable[[], None] | None = None
+        """Called at the beginning of every forward of the model, before anything is brought."""
+        self._backend = backend
+        self._prefetch = prefetch
+        self._slot_count = slots.count
+        self._slot_bytes = slots.slot_bytes
+        self._poison: int | None = None
+        self._slot_owner: list[Tensor] = []
+        self._prefetcher = self._make_prefetcher()
         self._forwards = 0
+        self._past = dict.fromkeys(_COUNTS, 0)  # counts of the engines before the last pause
+        self._step_time = StepTime(device)
         self._owner: dict[str, int] = {}  # "thread": the one inside a forward, if any
         self._sequence: list[int] = []  # units as this forward called them
         self._order: list[int] = []  # the engine's
         self._closed = False
+        self._paused = False
         self._process = os.getpid()
+
+    def _make_prefetcher(self) -> Prefetcher:
+        # The engine keeps this list alive, and so the memory until it has closed.
+        self._slot_owner = [self.slots.memory]
+        return Prefetcher(
+            self._backend,
+            self.slots.addresses(),
+            self.slots.slot_bytes,
+            self._slot_owner,
+            depth=self._prefetch,
+        )
 
     def add(self, binding: Binding) -> None:
         """Hands a block's image to the engine."""
@@ -144,7 +173,7 @@ class Offloader(hooks.Attached):
         self._prefetcher.release(index, stream, generation)
 
     def invalidate(self, index: int) -> None:
-        if not self._closed:
+        if not self._closed and not self._paused:
             self._prefetcher.invalidate(index)
 
     # Forwards.
@@ -168,7 +197,14 @@ class Offloader(hooks.Attached):
 
     def begin_block(self, name: str) -> bool:
         """True if the block was called by itself, without the model's forward."""
-        return self._enter_thread(name)
+        if not self._enter_thread(name):
+            return False
+        try:
+            self._resume()
+        except BaseException:
+            self._leave_thread()
+            raise
+        return True
 
     def end_block(self) -> None:
         self._sequence.clear()
@@ -201,14 +237,19 @@ class Offloader(hooks.Attached):
             )
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise WrapError("a wrapped model can't be traced: call wanoffload.unwrap() first")
+        if self.before_forward is not None:
+            self.before_forward()
+        self._resume()
         self._recover()
         self._sequence.clear()
+        self._step_time.begin_forward()
 
     def end_forward(self, completed: bool) -> None:
         if not self.in_forward():
             return  # it never began
         try:
             self._recover()
+            self._step_time.end_forward(completed)
             if completed:
                 self._forwards += 1
                 self._learn_order()
@@ -234,6 +275,57 @@ class Offloader(hooks.Attached):
 
     def start(self) -> None:
         """Fetches the first blocks, so that the first forward finds them."""
+        self._prefetcher.prefetch()
+
+    # Pausing.
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def pause(self) -> None:
+        """Gives the device slots and the pinned ring back until the next forward. Idempotent.
+
+        Ends prefetching, and waits on the host for the copies in flight and for what the device
+        still reads from the slots. The weights stay page-locked, true and writable. The next
+        forward takes new slots by itself, and finds its first block cold. Raises
+        ConcurrentForwardError during a forward, TransferTimeout if a copy stalls (it can then be
+        called again). Does nothing once closed.
+        """
+        if self._closed:
+            return
+        if not self._enter_thread("pause()"):
+            raise ConcurrentForwardError("a forward of this model is running: pause it afterwards")
+        try:
+            self._paused = True
+            self._step_time.restart()
+            self._let_slots_go()
+        finally:
+            self._leave_thread()
+
+    def _let_slots_go(self) -> None:
+        self._prefetcher.close()
+        for binding in self.bindings:
+            binding.forget_views()
+        self._slot_owner.clear()
+        self.slots = SlotMemory(0, 0, torch.device("cpu"))
+
+    def _resume(self) -> None:
+        """New slots and a new engine, with the same units in the same order, if it was paused."""
+        if not self._paused or self._closed:
+            return
+        self._let_slots_go()  # what a pause that stalled left
+        with ordinary_tensors():
+            self.slots = SlotMemory(self._slot_count, self._slot_bytes, self.device)
+        for name in _COUNTS:
+            self._past[name] += getattr(self._prefetcher.stats(), name)
+        self._prefetcher.reset_stats()
+        self._prefetcher = self._make_prefetcher()
+        self._prefetcher.set_poison(self._poison)
+        for binding in self.bindings:
+            binding.index = self._prefetcher.add_unit(binding.image)
+        self._prefetcher.set_order(self._order)
+        self._paused = False
         self._prefetcher.prefetch()
 
     # Moving the model.
@@ -272,27 +364,31 @@ class Offloader(hooks.Attached):
     def stats(self) -> Stats:
         """Counts since `wrap` or the last `reset_stats()`, and what is held now."""
         counted = self._prefetcher.stats()
+        counts = {name: self._past[name] + getattr(counted, name) for name in _COUNTS}
+        self._step_time.tell()
         ring = self._prefetcher.ring_bytes
         locked = sum(b.image.nbytes for b in self.bindings if b.image.locked)
         return Stats(
             forwards=self._forwards,
-            acquires=counted.acquires,
-            cold=counted.cold,
-            fetches=counted.fetches,
-            bytes_fetched=counted.bytes_fetched,
-            invalidations=counted.invalidations,
-            failures=counted.failures,
+            **counts,
             units=len(self.bindings),
             slots=self.slots.count,
             host_bytes=sum(b.image.nbytes for b in self.bindings),
             locked_bytes=locked + ring,
             slot_bytes=self.slots.nbytes,
             ring_bytes=ring,
+            predicted_step_seconds=self._step_time.predicted,
+            measured_step_seconds=self._step_time.measured(),
         )
+
+    def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:
+        """What a denoising step should take; the second step from here on is measured."""
+        self._step_time.expect(step_seconds, forwards_per_step)
 
     def reset_stats(self) -> None:
         """Sets the counts of `stats()` to 0."""
         self._forwards = 0
+        self._past = dict.fromkeys(_COUNTS, 0)
         self._prefetcher.reset_stats()
 
     def recent_events(self) -> str:
@@ -310,6 +406,7 @@ class Offloader(hooks.Attached):
         A kernel that reads a slot too late, or a copy that comes too early, then shows in the
         output. Costs device bandwidth, no synchronization. None turns it off.
         """
+        self._poison = value
         self._prefetcher.set_poison(value)
 
     def slot_fingerprint(self, slot: int, nbytes: int) -> int:
@@ -337,9 +434,7 @@ class Offloader(hooks.Attached):
             return
         if self._owner:
             raise ConcurrentForwardError("a forward of this model is running: close it afterwards")
-        self._prefetcher.close()
+        self._let_slots_go()
         self._closed = True
         for binding in self.bindings:
             binding.close()
-        self._slot_owner.clear()
-        self.slots = SlotMemory(0, 0, torch.device("cpu"))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from wanoffload.units import Unit, check_wrappable, find_units, tie_key
 logger = logging.getLogger(__name__)
 
 HOST_KINDS = ("pinned", "pageable")
+MOVE, LEAVE = "move", "leave"
 
 
 def wrap(
@@ -61,13 +65,45 @@ def wrap(
         HostMemoryError: too little host memory. The model is as it was.
         torch.OutOfMemoryError: too little device memory for the slots. The model is as it was.
     """
-    _check_arguments(transformer, prefetch, host, verify)
-    check_wrappable(transformer)
-    target = _resolve_device(device)
-    found = find_units(transformer)
-    with ordinary_tensors():
-        _Wrapping(transformer, found, target, backend_for(target), host, prefetch, verify).run()
+    stream(transformer, prefetch, device=device, host=host, verify=verify)
     return transformer
+
+
+def stream(
+    module: nn.Module,
+    prefetch: int,
+    *,
+    device: torch.device | str | int | None = None,
+    host: str = "pinned",
+    verify: bool = False,
+    rest: str = MOVE,
+    progress: tqdm[NoReturn] | None = None,
+) -> Offloader:
+    """What `wrap` does, with two choices more. Internal.
+
+    `rest`: what is not streamed is moved to the device to stay there (MOVE), or is left where it is
+    (LEAVE): then the caller brings it to the device before each forward. `progress`: a bar that
+    counts the bytes of the blocks, instead of one of its own.
+    """
+    _check_arguments(module, prefetch, host, verify)
+    assert rest in (MOVE, LEAVE)
+    check_wrappable(module)
+    target = resolve_device(device)
+    found = find_units(module)
+    backend = backend_for(target)
+    with ordinary_tensors(), _bar(progress, found) as bar:
+        return _Wrapping(module, found, target, backend, host, prefetch, verify, rest, bar).run()
+
+
+@contextmanager
+def _bar(given: tqdm[NoReturn] | None, found: list[Unit]) -> Iterator[tqdm[NoReturn]]:
+    """The caller's progress bar, or one over the bytes of the blocks."""
+    if given is not None:
+        yield given
+        return
+    total = sum(group[0].tensor.nbytes for unit in found for group in unit.groups)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="wrap", leave=False, delay=1.0) as own:
+        yield own
 
 
 def unwrap(transformer: nn.Module, device: torch.device | str | int = "cpu") -> nn.Module:
@@ -118,7 +154,8 @@ def _check_arguments(transformer: nn.Module, prefetch: int, host: str, verify: b
         raise WrapError(f"verify is True or False, not {verify!r}")
 
 
-def _resolve_device(device: torch.device | str | int | None) -> torch.device:
+def resolve_device(device: torch.device | str | int | None) -> torch.device:
+    """The device meant, with its index. None: the current CUDA device, else the CPU."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -150,6 +187,8 @@ class _Wrapping:
         host: str,
         prefetch: int,
         verify: bool,
+        rest: str,
+        progress: tqdm[NoReturn],
     ) -> None:
         self.model = model
         self.units = found
@@ -158,6 +197,8 @@ class _Wrapping:
         self.lock = host == "pinned"
         self.prefetch = prefetch
         self.verify = verify
+        self.rest = rest
+        self.progress = progress
         self.layouts = [
             image.lay_out((group[0].name, group[0].tensor) for group in unit.groups)
             for unit in found
@@ -167,7 +208,7 @@ class _Wrapping:
         self.bound: list[Binding] = []
         self.sources: list[list[torch.device]] = []
 
-    def run(self) -> None:
+    def run(self) -> Offloader:
         self._check_host_memory()
         try:
             self._make_runtime()
@@ -179,6 +220,8 @@ class _Wrapping:
             raise
         if self.device.type == "cuda" and self._units_were_on_device():
             torch.cuda.empty_cache()  # the blocks' memory belongs to others now
+        assert self.runtime is not None
+        return self.runtime
 
     def _units_were_on_device(self) -> bool:
         return any(d.type == "cuda" for devices in self.sources for d in devices)
@@ -207,7 +250,10 @@ class _Wrapping:
         )
 
     def _move_others(self) -> None:
-        """Brings to the device what is not streamed: other weights, all buffers. Ties stay ties."""
+        """Brings to the device what is not streamed: other weights, all buffers. Ties stay ties.
+
+        Weights that are left where they are (`rest`) are only noted.
+        """
         assert self.runtime is not None
         streamed = {
             id(entry.tensor) for unit in self.units for group in unit.groups for entry in group
@@ -218,33 +264,31 @@ class _Wrapping:
                 if parameter is None or id(parameter) in streamed:
                     continue
                 self.runtime.residents.add((id(owner), key))
-                if parameter.device != self.device:
+                if self.rest == MOVE and parameter.device != self.device:
                     self.moved.append((owner, key, parameter, parameter.data))
                     kin = tie_key(parameter)
                     if kin not in done:
                         done[kin] = parameter.data.to(self.device)
                     parameter.data = done[kin]
             for key, buffer in owner._buffers.items():
-                if buffer is not None and buffer.device != self.device:
+                if self.rest == LEAVE or buffer is None:
+                    continue
+                if buffer.device != self.device:
                     self.moved.append((owner, key, buffer, buffer))
                     owner._buffers[key] = buffer.to(self.device)
 
     def _move_units(self) -> None:
         assert self.runtime is not None
         store = HostStore(self.backend)
-        total = sum(layout.nbytes for layout in self.layouts)
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc="wrap", leave=False, delay=1.0
-        ) as progress:
-            for unit, layout in zip(self.units, self.layouts, strict=True):
-                host_memory.require(layout.nbytes, f"the image of {unit.name}")
-                memory = store.allocate(layout.nbytes)
-                tensors = [group[0].tensor for group in unit.groups]
-                self.sources.append([tensor.device for tensor in tensors])
-                image.write_image(memory, layout, tensors, self.lock)
-                self.bound.append(Binding(self.runtime, unit, layout, memory))
-                self.bound[-1].make_weights()
-                progress.update(layout.nbytes)
+        for unit, layout in zip(self.units, self.layouts, strict=True):
+            host_memory.require(layout.nbytes, f"the image of {unit.name}")
+            memory = store.allocate(layout.nbytes)
+            tensors = [group[0].tensor for group in unit.groups]
+            self.sources.append([tensor.device for tensor in tensors])
+            image.write_image(memory, layout, tensors, self.lock)
+            self.bound.append(Binding(self.runtime, unit, layout, memory))
+            self.bound[-1].make_weights()
+            self.progress.update(sum(tensor.nbytes for tensor in tensors))
 
     def _connect(self) -> None:
         assert self.runtime is not None
