@@ -242,6 +242,14 @@ def test_sizes_are_read_afresh_beside_rates_that_are_kept(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("card")
+def test_rates_are_measured_again_when_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    Hardware.probe()
+    monkeypatch.setattr(probe, "_measure", lambda _: dict.fromkeys(RATES, 3.0))
+    assert Hardware.probe().launch_us == MEASURED["launch_us"]
+    assert Hardware.probe(refresh=True).launch_us == 3.0
+
+
+@pytest.mark.usefixtures("card")
 def test_a_second_card_has_rates_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     Hardware.probe("cuda:1")
     newer = dict.fromkeys(RATES, 3.0)
