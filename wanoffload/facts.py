@@ -41,17 +41,20 @@ class ComponentFacts:
 class DitFacts(ComponentFacts):
     """One diffusion transformer: weights, and what a forward of n tokens takes.
 
-    Matrix products: `matmul_flops_per_token` n + `matmul_flops`. Attention: `attention_flops_per_token`
-    n + `attention_flops_per_token_squared` n^2. Everything else is memory traffic:
-    `traffic_bytes_per_token` n. `kernels` are launched. At the peak, `activation_bytes_per_token` n +
-    `activation_bytes` stand beside the weights. All for a batch of one, eager.
+    Matrix products: `matmul_flops_per_token` n + `matmul_flops`. Attention:
+    `attention_flops_per_token_squared` n^2 + `attention_flops_per_token` n + `attention_flops`.
+    Everything else is memory traffic: `traffic_bytes_per_token` n + `traffic_bytes`. `kernels` are
+    launched. At the peak, `activation_bytes_per_token` n + `activation_bytes` stand beside the
+    weights. All for a batch of one, eager.
     """
 
     matmul_flops_per_token: float = 0.0
     matmul_flops: float = 0.0
     attention_flops_per_token: float = 0.0
     attention_flops_per_token_squared: float = 0.0
+    attention_flops: float = 0.0
     traffic_bytes_per_token: float = 0.0
+    traffic_bytes: float = 0.0
     kernels: int = 0
     activation_bytes_per_token: float = 0.0
     activation_bytes: float = 0.0
