@@ -68,13 +68,13 @@ def test_rates_are_work_over_seconds() -> None:
 
 def test_a_fast_kernel_is_repeated_as_long_to_warm_up_as_to_be_timed() -> None:
     clock = SteadyClock(device_s=0.01)
-    assert rates._sustained(clock, lambda: None) == pytest.approx(0.01)
+    assert rates._sustained(clock, lambda: None, 0.2) == pytest.approx(0.01)
     assert clock.timed == [1, 1, 20, 20]
 
 
 def test_a_slow_kernel_is_timed_once() -> None:
     clock = SteadyClock(device_s=0.3)
-    assert rates._sustained(clock, lambda: None) == pytest.approx(0.3)
+    assert rates._sustained(clock, lambda: None, 0.2) == pytest.approx(0.3)
     assert clock.timed == [1, 1]
 
 

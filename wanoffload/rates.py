@@ -23,7 +23,7 @@ from wanoffload.runtime import backend_for
 HEADS, HEAD_SIZE = 40, 128
 LAUNCHES = 300
 """Fewer than a device queues, or the host would wait for it."""
-SUSTAINED_S = 0.2
+COMPUTE_S, TRAFFIC_S = 0.2, 0.05
 """How long a kernel is repeated, first to let clocks and power settle and then to be timed."""
 
 Run = Callable[[], object]
@@ -148,7 +148,7 @@ def _copies(device: torch.device, clock: Clock, sizes: Sizes) -> dict[str, float
 def _matmul(clock: Clock, sizes: Sizes, random: Callable[..., Tensor]) -> float:
     """FLOPs a second of a feed-forward's first product."""
     x, weight = random(sizes.rows, sizes.inner), random(sizes.columns, sizes.inner)
-    seconds = _sustained(clock, lambda: functional.linear(x, weight))
+    seconds = _sustained(clock, lambda: functional.linear(x, weight), COMPUTE_S)
     return 2 * sizes.rows * sizes.inner * sizes.columns / seconds
 
 
@@ -157,7 +157,9 @@ def _attention(clock: Clock, sizes: Sizes, random: Callable[..., Tensor]) -> flo
     query, key, value = (
         random(1, sizes.tokens, HEADS, HEAD_SIZE).transpose(1, 2) for _ in range(3)
     )
-    seconds = _sustained(clock, lambda: functional.scaled_dot_product_attention(query, key, value))
+    seconds = _sustained(
+        clock, lambda: functional.scaled_dot_product_attention(query, key, value), COMPUTE_S
+    )
     return 4 * sizes.tokens**2 * HEADS * HEAD_SIZE / seconds
 
 
@@ -165,7 +167,7 @@ def _traffic(clock: Clock, sizes: Sizes, random: Callable[..., Tensor]) -> float
     """Bytes read and written a second by a multiply-add of two fp32 tensors, into the first."""
     numel = sizes.traffic_bytes // 8
     x, y = (random(numel, dtype=torch.float32) for _ in range(2))
-    seconds = _sustained(clock, lambda: torch.add(x, y, alpha=1e-6, out=x))
+    seconds = _sustained(clock, lambda: torch.add(x, y, alpha=1e-6, out=x), TRAFFIC_S)
     return 3 * 4 * numel / seconds
 
 
@@ -182,11 +184,11 @@ def _best(clock: Clock, run: Run, *, rounds: int, count: int) -> float:
     return min(clock.device_seconds(run, count) for _ in range(rounds)) / count
 
 
-def _sustained(clock: Clock, run: Run) -> float:
-    """Seconds of one call among many, when it has been running for a while."""
+def _sustained(clock: Clock, run: Run, warm_s: float) -> float:
+    """Seconds of one call among many, when it has been running for `warm_s` seconds."""
     clock.device_seconds(run, 1)  # loads the kernel
     once = clock.device_seconds(run, 1)
-    count = round(SUSTAINED_S / once)
+    count = round(warm_s / once)
     if count < 2:  # so slow that one call is long enough
         return once
     clock.device_seconds(run, count)
