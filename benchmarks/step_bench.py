@@ -15,7 +15,7 @@ from benchmarks.harness import Session, Spread, peer_fingerprint, say
 from benchmarks.link import LinkProbe
 from benchmarks.models import ModelSpec, Size, build, copy_to_host, make_inputs, model_bytes
 from benchmarks.timing import Clock
-from benchmarks.turns import FORWARDS_PER_STEP, Measure, Turns
+from benchmarks.turns import FORWARDS_PER_STEP, Measure, Turns, beside, forth_and_back
 
 NAME = "step"
 
@@ -88,7 +88,7 @@ class StepBench:
         tear_down(live)
 
     def _measure(self, size: Size, lives: Sequence[Live]) -> None:
-        """Everyone is warmed up; then they take turns, and the link takes one too."""
+        """Everyone is warmed up; then they take turns, each after one of the link."""
         options = self._session.options
         inputs = make_inputs(self._spec, size, self._session.device)
         measure = Measure(self._clock, inputs, self._weights)
@@ -96,11 +96,11 @@ class StepBench:
             (live, measure.warm_up(live, options.run_seconds)) for live in (self._resident, *lives)
         ]
         link_gbps = []
-        for _ in tqdm(range(options.rounds), desc=str(size), disable=None):
-            for live, turns in everyone:
+        for number in tqdm(range(options.rounds), desc=str(size), disable=None):
+            for live, turns in forth_and_back(everyone, number):
+                link_gbps.append(self._link.measure())
                 measure.take(live, turns)
-            link_gbps.append(self._link.measure())
-        resident = Spread.of(everyone[0][1].step_ms)
+        resident = everyone[0][1]
         for live, turns in everyone:
             if live is not self._resident or self._resident_wanted(size):
                 self._record(size, live, turns, resident, Spread.of(link_gbps))
@@ -115,7 +115,7 @@ class StepBench:
         return bool(self._session.options.again) or not known
 
     def _record(
-        self, size: Size, live: Live, turns: Turns, resident: Spread, link_gbps: Spread
+        self, size: Size, live: Live, turns: Turns, resident: Turns, link_gbps: Spread
     ) -> None:
         options = self._session.options
         name = live.contender.name
@@ -128,7 +128,7 @@ class StepBench:
             "graphs": turns.graphs,
             "recompiled": turns.recompiled,
             "rounds": options.rounds,
-            **self._times(Spread.of(turns.step_ms), resident, link_gbps),
+            **self._times(turns, resident, link_gbps),
             **self._memory(live),
         }
         key = key_of(self._spec, size, name, options.compiled)
@@ -140,19 +140,20 @@ class StepBench:
             f"{values['x_floor']:.4f} x floor, verified {values['verified']}"
         )
 
-    def _times(self, mine: Spread, resident: Spread, link_gbps: Spread) -> dict[str, Any]:
-        """Times in ms. The floor is from this very run."""
+    def _times(self, mine: Turns, resident: Turns, link_gbps: Spread) -> dict[str, Any]:
+        """Times in ms. The floor is from this very run; ratios are of turns of the same round."""
         link_ms = FORWARDS_PER_STEP * self._weights.blocks / link_gbps.median / 1e6
-        floor_ms = max(resident.median, link_ms)
+        step_ms, resident_ms = Spread.of(mine.step_ms), Spread.of(resident.step_ms)
+        x_resident = beside(mine.turn_ms, resident.turn_ms)
         return {
-            "step_ms": mine.as_json(),
-            "resident_ms": resident.as_json(),
+            "step_ms": step_ms.as_json(),
+            "resident_ms": resident_ms.as_json(),
             "link_gbps": link_gbps.as_json(),
             "link_ms": link_ms,
-            "floor_ms": floor_ms,
-            "x_resident": mine.median / resident.median,
-            "x_floor": mine.median / floor_ms,
-            "exposed_ms": mine.median - resident.median,
+            "floor_ms": max(resident_ms.median, link_ms),
+            "x_resident": x_resident,
+            "x_floor": beside(mine.turn_ms, [max(ms, link_ms) for ms in resident.turn_ms]),
+            "exposed_ms": (x_resident - 1) * resident_ms.median,
         }
 
     def _memory(self, live: Live) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 A step is two forwards (guidance). Steps follow each other without a wait; marks on the compute
 stream between them give the times. The resident model, the link and the contender take turns in
-the same run, so that a drift of the machine shows in all of them. With ``C`` the resident model's
-time, ``B`` the bytes of all blocks of both forwards and ``R`` the rate of the link, nothing that
-brings plain bytes can be quicker than ``max(C, B / R)``: the floor.
+the same run, so that a drift of the machine shows in all of them; ``turns`` says in which order.
+With ``C`` the resident model's time, ``B`` the bytes of all blocks of both forwards and ``R`` the
+rate of the link, nothing that brings plain bytes can be quicker than ``max(C, B / R)``: the floor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def add_options(parser: ArgumentParser) -> None:
     """The options of this case."""
     group = parser.add_argument_group(NAME)
     group.add_argument("--compiled", action="store_true", help="compile the blocks on both sides")
-    group.add_argument("--rounds", type=int, default=3, help="turns that each model takes")
+    group.add_argument(
+        "--rounds", type=int, default=4, help="turns that each model takes; an even number is fair"
+    )
     group.add_argument(
         "--run-seconds", type=float, default=3.0, help="length of one turn, at least one step"
     )

@@ -1,10 +1,18 @@
-"""Turns: some steps of one model in a row, timed on the compute stream and checked."""
+"""Turns: some steps of one model in a row, timed on the compute stream and checked.
+
+A card at its power limit slows down by about one per cent as it warms up, so who runs later looks
+slower. Therefore every turn begins after the same idle moment, rounds are taken forth and back in
+turn (see :func:`forth_and_back`), and a model is compared with the others round by round (see
+:func:`beside`): over a pair of rounds all of them run, on average, at the same moment.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +24,21 @@ from benchmarks.timing import Clock
 
 FORWARDS_PER_STEP = 2
 MAX_STEPS = 12
+
+Anyone = TypeVar("Anyone")
+
+
+def forth_and_back(everyone: Sequence[Anyone], number: int) -> list[Anyone]:
+    """The order of round ``number``: as given in even rounds, from the last on in odd ones."""
+    return list(everyone) if number % 2 == 0 else list(reversed(everyone))
+
+
+def beside(mine: Sequence[float], other: Sequence[float]) -> float:
+    """How many times as long as ``other``, both given round by round: the mean of the ratios.
+
+    Over an even number of rounds, forth and back, a steady drift cancels out.
+    """
+    return statistics.fmean(one / two for one, two in zip(mine, other, strict=True))
 
 
 def compiled_graphs() -> int:
@@ -30,6 +53,7 @@ class Turns:
     """What one model gave over all its turns, and how often its blocks were compiled.
 
     ``graphs`` counts those of the first two forwards, ``recompiled`` those that came later.
+    ``step_ms`` are all steps, ``turn_ms`` the median of each turn.
     """
 
     steps: int
@@ -39,6 +63,12 @@ class Turns:
     fetches_right: bool = True
     bytes_per_step: float = 0.0
     step_ms: list[float] = field(default_factory=list)
+    turn_ms: list[float] = field(default_factory=list)
+
+    def add_turn(self, step_ms: Sequence[float]) -> None:
+        """Takes in the steps of one turn."""
+        self.step_ms += step_ms
+        self.turn_ms.append(statistics.median(step_ms))
 
 
 class Measure:
@@ -86,7 +116,7 @@ class Measure:
                 outputs = step(live.model, self._inputs)
                 marks.append(self._clock.mark())
             self._clock.synchronize()
-        turns.step_ms += self._clock.between_ms(marks)
+        turns.add_turn(self._clock.between_ms(marks))
         turns.equal &= self._as_expected(outputs)
         turns.recompiled += compiled_graphs() - graphs
         after = live.contender.counters(live.model)

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, models, step_bench
+from benchmarks import contenders, link, models, step_bench, turns
 from benchmarks.harness import ResultStore, Row, Spread
 from benchmarks.machine import DevicePeak
 
@@ -63,7 +63,43 @@ def test_step_rows_are_verified_and_every_block_is_fetched_in_every_forward(resu
     assert ours["step_ms"]["count"] == ours["rounds"] * ours["steps_per_turn"]
     floor = max(ours["resident_ms"]["median"], ours["link_ms"])
     assert ours["floor_ms"] == floor
-    assert ours["x_floor"] == ours["step_ms"]["median"] / floor
+    assert 0 < ours["x_floor"] <= ours["x_resident"]
+
+
+def test_a_steady_drift_of_the_device_cancels_over_a_pair_of_rounds() -> None:
+    alone = {"resident": 100.0, "first": 100.0, "second": 130.0}
+    took: dict[str, list[float]] = {name: [] for name in alone}
+    slowdown = 1.0
+    for number in range(2):
+        for name in turns.forth_and_back(list(alone), number):
+            took[name].append(alone[name] * slowdown)
+            slowdown += 0.002
+    for name, milliseconds in alone.items():
+        assert turns.beside(took[name], took["resident"]) == pytest.approx(milliseconds / 100, 1e-4)
+    assert took["first"][0] / took["resident"][0] > 1.0019
+
+
+def test_rounds_go_forth_and_back_and_every_turn_follows_the_links(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    take, measure = turns.Measure.take, link.LinkProbe.measure
+
+    def note_turn(self: turns.Measure, live: contenders.Live, taken: turns.Turns) -> None:
+        seen.append(live.contender.name)
+        take(self, live, taken)
+
+    def note_link(self: link.LinkProbe, copies: int = 6) -> float:
+        seen.append("link")
+        return measure(self, copies)
+
+    monkeypatch.setattr(turns.Measure, "take", note_turn)
+    monkeypatch.setattr(link.LinkProbe, "measure", note_link)
+    assert step(results, "wanoffload-p1") == 0
+    forth = ["link", "resident", "link", "wanoffload-p1"]
+    back = ["link", "wanoffload-p1", "link", "resident"]
+    assert seen[-8:] == [*forth, *back]
+    assert "resident" not in seen[:-8]
 
 
 def test_contenders_set_up_together_share_the_resident_model(results: Path) -> None:
