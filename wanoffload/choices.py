@@ -106,13 +106,9 @@ def _checked(name: str, value: Any) -> Any:
 def _components(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    if not isinstance(value, Iterable):
-        raise ValueError(
-            f"layerwise_offload_components is a list of names or text with commas, not {value!r}"
-        )
     names: set[str] = set()
-    for name in value:
-        if name not in COMPONENTS and name not in _GROUPS:
+    for name in value if isinstance(value, Iterable) else [value]:
+        if not isinstance(name, str) or (name not in COMPONENTS and name not in _GROUPS):
             allowed = ", ".join((*COMPONENTS, *_GROUPS))
             raise ValueError(f"unknown component {name!r}; layerwise_offload_components: {allowed}")
         names.update(_GROUPS.get(name, (name,)))
