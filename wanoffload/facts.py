@@ -45,7 +45,8 @@ class DitFacts(ComponentFacts):
     `attention_flops_per_token_squared` n^2 + `attention_flops_per_token` n + `attention_flops`.
     Everything else is memory traffic: `traffic_bytes_per_token` n + `traffic_bytes`. `kernels` are
     launched. At the peak, `activation_bytes_per_token` n + `activation_bytes` stand beside the
-    weights. All for a batch of one, eager.
+    weights. All for a batch of one, eager. `attention_efficiency`: part of the rate of plain
+    attention that is reached; attention with a mask takes another kernel.
     """
 
     matmul_flops_per_token: float = 0.0
@@ -53,6 +54,7 @@ class DitFacts(ComponentFacts):
     attention_flops_per_token: float = 0.0
     attention_flops_per_token_squared: float = 0.0
     attention_flops: float = 0.0
+    attention_efficiency: float = 1.0
     traffic_bytes_per_token: float = 0.0
     traffic_bytes: float = 0.0
     kernels: int = 0
@@ -70,7 +72,9 @@ class ModelFacts:
     `sharded`: parameters of the DiT are DTensors. `layerwise_allowed`: what the model's deployment
     config says. `dits`: one, or two experts, in the order of use. `temporal_factor`: frames that
     become one latent frame (the first alone); `pixels_per_token`: side of the square of pixels that
-    becomes one token; `token_factor`: what editing multiplies tokens by.
+    becomes one token; `token_factor`: what editing multiplies tokens by. `segment_frames`: a longer
+    video is made in pieces of so many frames, and a shorter one is filled up to it (0: in one);
+    `reference_frames`: latent frames that each forward has on top.
     """
 
     name: str = ""
@@ -87,6 +91,8 @@ class ModelFacts:
     temporal_factor: int = 4
     pixels_per_token: int = 16
     token_factor: float = 1.0
+    segment_frames: int = 0
+    reference_frames: int = 0
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -94,7 +100,8 @@ class ModelFacts:
 
     def tokens(self, workload: Workload) -> int:
         """Tokens of one forward."""
-        frames = (workload.frames - 1) // self.temporal_factor + 1
+        frames = ((self.segment_frames or workload.frames) - 1) // self.temporal_factor + 1
+        frames += self.reference_frames
         side = self.pixels_per_token
         return round(
             frames * (workload.height // side) * (workload.width // side) * self.token_factor

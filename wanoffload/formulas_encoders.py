@@ -75,7 +75,7 @@ def clip_vision_facts(config: Mapping[str, Any], projected: bool) -> ComponentFa
 
 
 def qwen_vl_facts(config: Mapping[str, Any]) -> ComponentFacts:
-    """Qwen2_5_VLForConditionalGeneration: blocks are the language model's, vision is in the rest."""
+    """Qwen2_5_VLForConditionalGeneration: the language model's blocks; vision is in the rest."""
     text = {**QWEN_TEXT_DEFAULTS, **config, **config.get("text_config", {})}
     vision = {**QWEN_VISION_DEFAULTS, **config.get("vision_config", {})}
     d, hidden = text["hidden_size"], text["intermediate_size"]

@@ -1,0 +1,190 @@
+"""A pipeline in a local folder, in the hub's layout: configs, and weights where they are there.
+
+Of weights only the headers are read. Bytes are those after a load in bf16, with what the class
+keeps in fp32 (see `wanoffload.formulas`), whatever the checkpoint was saved in; tensors of other
+classes, and dtypes other than floating point of 2 bytes and more, count as they are stored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from wanoffload.facts import ComponentFacts
+from wanoffload.parts import Part, Parts, is_relevant
+from wanoffload.tally import BF16, FP32, image_bytes
+
+_STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4}
+_STORED |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_WAN_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+_FP32: dict[str, tuple[str, ...]] = {
+    "WanTransformer3DModel": _WAN_FP32,
+    "WanVACETransformer3DModel": _WAN_FP32,
+    "WanAnimateTransformer3DModel": (*_WAN_FP32, "motion_synthesis_weight"),
+    "QwenImageTransformer2DModel": (),
+    "UMT5EncoderModel": (),
+    "CLIPVisionModel": (),
+    "CLIPVisionModelWithProjection": (),
+    "Qwen2_5_VLForConditionalGeneration": (),
+    "AutoencoderKLQwenImage": (),
+}
+"""Known classes, and the parts of names whose tensors diffusers keeps in fp32."""
+_ALL_FP32 = ("AutoencoderKLWan",)
+_NOT_LOADED = re.compile(r"norm_added_q\.|position_ids$|^encoder\.embed_tokens\.")
+"""In some checkpoints, but not in the loaded model: what Wan's classes ignore, a buffer, and the
+tied copy of UMT5's embedding."""
+_IN_LIST = re.compile(r"(.*?)\.(\d+)\.")
+
+Tensors = dict[str, int]
+"""Bytes by the tensor's name."""
+
+
+def look_at_folder(folder: Path) -> Parts:
+    """Raises ValueError, which names the file, for what is missing or can't be read."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ValueError(
+            f"{folder} has no model_index.json: a pipeline's folder in the hub's layout is "
+            "expected, as save_pretrained or a download makes it"
+        )
+    index = _read_json(index_file)
+    parts = {
+        name: _part(folder / name, value[1])
+        for name, value in index.items()
+        if is_relevant(name) and _is_component(value)
+    }
+    settings = {name: value for name, value in index.items() if not isinstance(value, list)}
+    return Parts(str(folder), str(index.get("_class_name", "")), settings, parts)
+
+
+def _is_component(value: Any) -> bool:
+    """model_index.json names library and class; both null where the component was left out."""
+    return isinstance(value, list) and len(value) == 2 and value[1] is not None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; is the download complete?") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return found
+
+
+def _part(folder: Path, name: str) -> Part:
+    """A scheduler has a config of its own name, and no weights."""
+    own = folder / "scheduler_config.json"
+    config = _read_json(own if own.is_file() else folder / "config.json")
+    config["_class_name"] = name
+    tensors = {
+        tensor: nbytes
+        for file in _weight_files(folder)
+        for tensor, nbytes in _tensors(file, name)
+        if not _NOT_LOADED.search(tensor)
+    }
+    return Part(config, _weights(tensors, config) if tensors else None)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that a load would read; none where no weights are there.
+
+    Raises ValueError where some shards are missing, or where it can't be told which file counts.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    plain = [file for file in indices if file.name.count(".") == 3] or indices
+    if plain:
+        return _shards(folder, plain[0])
+    files = sorted(folder.glob("*.safetensors"))
+    named = [file for file in files if file.name.count(".") == 1] or files
+    if len(named) > 1:
+        names = ", ".join(file.name for file in named)
+        raise ValueError(f"{folder} holds {names} and no index: which of them is the model?")
+    return named
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    table = _read_json(index).get("weight_map")
+    if not isinstance(table, dict):
+        raise ValueError(f"{index} has no weight_map")
+    files = [folder / name for name in sorted(set(table.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing and len(missing) < len(files):
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+    return [] if missing else files
+
+
+def _tensors(file: Path, name: str) -> Iterator[tuple[str, int]]:
+    """Names and bytes as loaded, from the file's header."""
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ValueError(f"{file} can't be looked at without the package safetensors") from error
+    try:
+        with safetensors.safe_open(str(file), framework="np") as opened:
+            for tensor in opened.keys():  # noqa: SIM118  # no mapping
+                view = opened.get_slice(tensor)
+                elements = math.prod(view.get_shape())
+                yield tensor, elements * _itemsize(name, tensor, view.get_dtype())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} can't be read, is it complete? {error}") from error
+
+
+def _itemsize(name: str, tensor: str, stored: str) -> int:
+    """Bytes of an element of this class's tensor, once loaded."""
+    if stored in _FLOATING and name in _ALL_FP32:
+        return FP32
+    if stored in _FLOATING and name in _FP32:
+        return FP32 if any(part in _FP32[name] for part in tensor.split(".")) else BF16
+    return _STORED.get(stored, 1)
+
+
+# Blocks, told by their names.
+
+
+def _weights(tensors: Tensors, config: Mapping[str, Any]) -> ComponentFacts:
+    """Blocks are the items of the list (in a transformer: lists at the top) with most bytes."""
+    lists: dict[str, dict[int, list[int]]] = {}
+    for tensor, nbytes in tensors.items():
+        if found := _IN_LIST.match(tensor):
+            lists.setdefault(found[1], {}).setdefault(int(found[2]), []).append(nbytes)
+    name = str(config["_class_name"])
+    streamed = _streamed(lists, name)
+    inside = sum(sum(sizes) for key in streamed for sizes in lists[key].values())
+    blocks = {
+        key: [image_bytes(sizes) for _, sizes in sorted(lists[key].items())] for key in streamed
+    }
+    ordered = _in_order(blocks, name, config)
+    return ComponentFacts(tuple(ordered), sum(tensors.values()) - inside)
+
+
+def _streamed(lists: dict[str, dict[int, list[int]]], name: str) -> list[str]:
+    if name.startswith("Autoencoder") or not lists:
+        return []
+    top = [key for key in lists if "." not in key]
+    if top:
+        return top
+    return [max(lists, key=lambda key: sum(sum(sizes) for sizes in lists[key].values()))]
+
+
+def _in_order(blocks: dict[str, list[int]], name: str, config: Mapping[str, Any]) -> Iterator[int]:
+    """As the engine orders them: `wanoffload.units`."""
+    if name == "WanVACETransformer3DModel":
+        yield from blocks.pop("vace_blocks", [])
+    if name == "WanAnimateTransformer3DModel":
+        every = config.get("inject_face_latents_blocks", 5)
+        faces = iter(blocks.pop("face_adapter", []))
+        for index, block in enumerate(blocks.pop("blocks", [])):
+            yield block
+            if index % every == 0:
+                yield from [face for face in [next(faces, None)] if face is not None]
+        yield from faces
+    for sizes in blocks.values():
+        yield from sizes
