@@ -29,10 +29,13 @@ LOCK_GB_PER_S = 9.0
 CONTENTION = {1: 0.018}
 """What copies cost compute when both take the same time, for each prefetch; see `_streamed`."""
 CONTENTION_DEEPER = 0.009
-LAUNCH_FACTOR = 3.0
+LAUNCH_FACTOR = 1.95
 """Host time of an operation inside a diffusers model, in launches of a bare one."""
-TRAFFIC_EFFICIENCY = 1.0
-"""Part of the rate of one large elementwise kernel that the many of a block reach."""
+TRAFFIC_EFFICIENCY = 0.61
+"""Part of the rate of one large elementwise kernel that the many of a block reach: 0.56 to 0.66 was
+measured, over three models and 1,560 to 32,760 tokens."""
+CONVOLUTION_WORKSPACES = 1.155
+"""What cuDNN's workspaces add to what a VAE computes: 1.148 to 1.155 was measured."""
 SLOT_LEAD_BYTES = 256
 ENCODER_PREFETCH = 2
 """Blocks of an encoder fetched ahead."""
@@ -40,10 +43,10 @@ ENCODER_PREFETCH = 2
 ASSUMED = Hardware(
     link_gb_per_s=55.2,
     pageable_gb_per_s=6.9,
-    matmul_tflops=700.0,
-    attention_tflops=500.0,
-    device_gb_per_s=4000.0,
-    launch_us=6.0,
+    matmul_tflops=670.0,
+    attention_tflops=592.0,
+    device_gb_per_s=4298.0,
+    launch_us=10.0,
     name="an H200",
 )
 """Rates that stand in for unknown ones."""
@@ -110,14 +113,13 @@ def forward_seconds(dit: DitFacts, tokens: int, machine: Hardware) -> float | No
         return None
     products = dit.matmul_flops_per_token * tokens + dit.matmul_flops
     attention = (
-        dit.attention_flops_per_token + dit.attention_flops_per_token_squared * tokens
-    ) * tokens
+        dit.attention_flops_per_token_squared * tokens + dit.attention_flops_per_token
+    ) * tokens + dit.attention_flops
+    traffic = dit.traffic_bytes_per_token * tokens + dit.traffic_bytes
     device = (
         products / (_rate(machine.matmul_tflops) * 1e12)
-        + attention / (_rate(machine.attention_tflops) * 1e12)
-        + dit.traffic_bytes_per_token
-        * tokens
-        / (_rate(machine.device_gb_per_s) * 1e9 * TRAFFIC_EFFICIENCY)
+        + attention / (_rate(machine.attention_tflops) * 1e12 * dit.attention_efficiency)
+        + traffic / (_rate(machine.device_gb_per_s) * 1e9 * TRAFFIC_EFFICIENCY)
     )
     return max(device, dit.kernels * _rate(machine.launch_us) * LAUNCH_FACTOR / 1e6)
 
@@ -230,8 +232,12 @@ def _image_activations(component: ComponentFacts, workload: Workload | None) -> 
         return 0
     pixels = workload.height * workload.width
     return round(
-        pixels * component.activation_bytes_per_pixel
-        + pixels * workload.frames * component.activation_bytes_per_voxel
+        pixels
+        * CONVOLUTION_WORKSPACES
+        * (
+            component.activation_bytes_per_pixel
+            + workload.frames * component.activation_bytes_per_voxel
+        )
     )
 
 
