@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from wanoffload.facts import ComponentFacts, DitFacts, ModelFacts
-from wanoffload.hardware import Hardware
+from wanoffload.hardware import RATES, Hardware
 from wanoffload.workload import Workload
 
 RESIDENT = "resident"
@@ -98,9 +98,7 @@ class Candidate:
 
 def with_assumed_rates(hardware: Hardware) -> tuple[Hardware, list[str]]:
     """The machine with ASSUMED rates where its own are unknown, and the names of these."""
-    rates = ("link_gb_per_s", "pageable_gb_per_s", "matmul_tflops", "attention_tflops")
-    rates += ("device_gb_per_s", "launch_us")
-    missing = [name for name in rates if getattr(hardware, name) is None]
+    missing = [name for name in RATES if getattr(hardware, name) is None]
     return replace(hardware, **{name: getattr(ASSUMED, name) for name in missing}), missing
 
 
