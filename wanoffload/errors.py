@@ -14,10 +14,12 @@ __all__ = [
     "BackendError",
     "ClosedError",
     "ConcurrentForwardError",
+    "DeviceMemoryError",
     "GradientError",
     "HostMemoryError",
     "MoveError",
     "OffloadError",
+    "PipelineError",
     "TransferError",
     "TransferTimeout",
     "UnboundWeightError",
@@ -54,3 +56,11 @@ class UnboundWeightError(OffloadError):
 
 class VerifyError(OffloadError):
     """`verify=True` found bytes on the device that are not the unit's."""
+
+
+class PipelineError(OffloadError, ValueError):
+    """A pipeline, or one of its components, is not one that can be enabled or run as it is."""
+
+
+class DeviceMemoryError(OffloadError):
+    """No permitted plan fits into the device's memory."""

@@ -1,0 +1,215 @@
+"""What an enabled pipeline remembers: its plan, its components, and who stands on the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from wanoffload import hooks
+from wanoffload.choices import DIT
+from wanoffload.components import Component, Treatment, role, treatment
+from wanoffload.cost import HOST_RESERVE_BYTES
+from wanoffload.errors import DeviceMemoryError, HostMemoryError, PipelineError
+from wanoffload.hardware import Hardware
+from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.tenancy import Floor
+from wanoffload.workload import Workload
+from wanoffload.wrapping import resolve_device
+
+if TYPE_CHECKING:
+    from wanoffload.policy import Plan
+
+logger = logging.getLogger(__name__)
+
+SMALLEST = Workload(height=64, width=64, frames=1, steps=1, guidance=0.0)
+LARGEST = Workload(height=2160, width=3840, frames=241, steps=100, guidance=5.0)
+"""What is decided alike for both is decided before the size is known."""
+
+
+def decide(
+    model: object,
+    workload: Workload | None,
+    hardware: Hardware,
+    mode: str,
+    choices: Mapping[str, Any],
+) -> Plan:
+    """`wanoffload.plan`, which is loaded when it is needed."""
+    from wanoffload.policy import plan
+
+    return plan(model, workload, hardware, mode=mode, **choices)
+
+
+class Enabled(hooks.Attached):
+    """An enabled pipeline's runtime. Copies and pickles of the pipeline lose it."""
+
+    plan: Plan
+
+    def __init__(
+        self, pipe: Any, model: object, mode: str, hardware: Hardware, choices: Mapping[str, Any]
+    ) -> None:
+        self.device = resolve_device(None)
+        self.floor = Floor()
+        self.components = {
+            name: Component(name, module, self.device, self.floor)
+            for name, module in _modules(pipe).items()
+        }
+        self._model = model
+        self._mode = mode
+        self._hardware = hardware
+        self._choices = dict(choices)
+        self._given = False  # the workload was given, not found at a call
+        self._workload: Workload | None = None
+        self._undecided = True  # something waits for the first call
+
+    # Deciding.
+
+    def begin(self, workload: Workload | None) -> None:
+        """Decides and acts, as far as that is possible. If it raises, nothing has changed."""
+        plan = self._decide(workload)
+        self._model = plan.facts  # looked at once, before anything is moved
+        wanted = self._treatments(plan)
+        if workload is None:
+            wanted = self._certain(wanted)
+        self._adopt(plan, workload, wanted)
+        self._given = workload is not None
+        self._undecided = len(wanted) < len(self.components)
+
+    def _decide(self, workload: Workload | None) -> Plan:
+        return decide(self._model, workload, self._hardware, self._mode, self._choices)
+
+    def _treatments(self, plan: Plan) -> dict[str, Treatment]:
+        return {name: treatment(plan, name) for name in self.components}
+
+    def _certain(self, wanted: dict[str, Treatment]) -> dict[str, Treatment]:
+        """Those that no size of the workload changes."""
+        try:
+            extremes = [self._treatments(self._decide(w)) for w in (SMALLEST, LARGEST)]
+        except ValueError:  # a choice that some sizes exclude
+            return {}
+        return {n: t for n, t in wanted.items() if all(other[n] == t for other in extremes)}
+
+    def _adopt(self, plan: Plan, workload: Workload | None, wanted: dict[str, Treatment]) -> None:
+        for message in plan.messages:
+            logger.info("%s", message)
+        _require_fit(plan, self._hardware)
+        self._change(wanted)
+        self.plan = plan
+        self._workload = workload
+        for runtime in self._dit_runtimes():
+            self._expect(runtime)
+
+    def _expect(self, runtime: Any) -> None:
+        known = self._workload
+        seconds = self.plan.step_seconds if known is not None else None
+        runtime.expect(seconds, known.forwards_per_step if known is not None else 1)
+
+    # Acting.
+
+    def _change(self, wanted: dict[str, Treatment]) -> None:
+        """Changes the components whose treatment differs; all of them, or, if it raises, none."""
+        changed = [n for n, t in wanted.items() if self.components[n].treatment != t]
+        if not changed:
+            return
+        self.floor.clear()
+        before = {name: self.components[name].treatment for name in changed}
+        # What leaves the device makes room for what comes.
+        changed.sort(key=lambda name: self.components[name].bytes_on_device(wanted[name]))
+        with ordinary_tensors(), self._bar(changed, wanted) as bar:
+            done: list[str] = []
+            try:
+                for name in changed:
+                    done.append(name)
+                    self.components[name].become(wanted[name], bar)
+            except BaseException:
+                self._take_back(done, before, bar)
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what left the device belongs to others now
+
+    def _bar(self, changed: list[str], wanted: dict[str, Treatment]) -> Any:
+        total = sum(self.components[name].bytes_to_move(wanted[name]) for name in changed)
+        return tqdm(total=total, unit="B", unit_scale=True, desc="enable", leave=False, delay=1.0)
+
+    def _take_back(self, done: list[str], before: dict[str, Treatment | None], bar: Any) -> None:
+        for name in done:
+            self.components[name].release()
+        for name in reversed(done):
+            old = before[name]
+            if old is None:
+                self.components[name].restore()
+            else:
+                self.components[name].become(old, bar)
+
+    def end(self) -> None:
+        """Every component ordinary, on the CPU. If it raises, it can be called again."""
+        self.floor.clear()
+        with ordinary_tensors():
+            for component in self.components.values():
+                component.to_host()
+
+    # Calls.
+
+    def before_call(self, pipe: Any, workload: Workload | None) -> None:
+        """Decides what waited for the size, or what another size changes."""
+        self._check_components(pipe)
+        if not self._given and (self._undecided or workload != self._workload):
+            plan = self._decide(workload)
+            self._adopt(plan, workload, self._treatments(plan))
+            self._undecided = False
+        for runtime in self._dit_runtimes():
+            if workload != self._workload:
+                runtime.expect(None, 1)
+            elif runtime.stats().predicted_step_seconds is None:
+                self._expect(runtime)
+
+    def after_call(self) -> None:
+        """However the call ended."""
+        self.floor.clear()
+        for runtime in self._dit_runtimes():
+            runtime.stats()  # which compares the step's time with the predicted one
+
+    def _dit_runtimes(self) -> list[Any]:
+        components = self.components.values()
+        return [c.runtime for c in components if role(c.name) == DIT and c.runtime is not None]
+
+    def _check_components(self, pipe: Any) -> None:
+        """A component that was taken away is let go; one that was replaced is refused."""
+        for name, component in list(self.components.items()):
+            now = getattr(pipe, name, None)
+            if now is None:
+                del self.components[name]
+            elif now is not component.module:
+                raise PipelineError(
+                    f"pipe.{name} was replaced while the pipeline is enabled; call "
+                    "wanoffload.disable(pipe), replace it, and enable it again"
+                )
+            elif not component.in_place():
+                raise PipelineError(
+                    f"pipe.{name} was unwrapped, or its hook was taken out, while the pipeline is "
+                    "enabled; call wanoffload.disable(pipe) and enable it again"
+                )
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's modules by name; one that has two names, under the first."""
+    found: dict[str, nn.Module] = {}
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and all(component is not m for m in found.values()):
+            found[name] = component
+    return found
+
+
+def _require_fit(plan: Plan, hardware: Hardware) -> None:
+    """Raises the error that says which memory is too small, before anything is moved."""
+    if plan.fits:
+        return
+    message = plan.messages[-1] if plan.messages else "nothing that is permitted fits"
+    locked, there = plan.host_locked_bytes, hardware.host_memory
+    if locked is not None and there is not None and locked + HOST_RESERVE_BYTES > int(there):
+        raise HostMemoryError(message)
+    raise DeviceMemoryError(message)

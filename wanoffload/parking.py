@@ -1,0 +1,242 @@
+"""Coarse offload: weights live on the host, and stand on the device only while they are used.
+
+Going to the device is one large copy for each image of page-locked host memory; going home is
+letting the device's copy go. The `.data` of the module's own Parameters and buffers is swapped, so
+their identity stays, and what is added or replaced between uses is simply found there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wanoffload import host_memory, image
+from wanoffload._C import HostImage, HostStore
+from wanoffload.host_tensor import HostTensor, ordinary_tensors
+from wanoffload.runtime import backend_for
+from wanoffload.units import tie_key
+
+IMAGE_BYTES = 1 << 30
+"""An image ends where it would be larger; while parking, the peak is the weights and one image."""
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class ParkedImage:
+    """Tensors that go to the device in one copy. `homes`: their views of the host's bytes."""
+
+    layout: image.ImageLayout
+    memory: HostImage
+    homes: tuple[Tensor, ...]
+
+    def bytes(self) -> Tensor:
+        return torch.frombuffer(memoryview(self.memory), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Away:
+    """A tensor of the module whose bytes stand on the device now."""
+
+    tensor: Tensor
+    home: Tensor
+    copy: Tensor
+    version: int | None
+
+    def replaced(self) -> bool:
+        return not _same_memory(self.tensor, self.copy)
+
+    def written(self) -> bool:
+        return _version(self.tensor) != self.version
+
+
+class Parked:
+    """The weights and buffers of a module, at home on the host: all but those that are streamed.
+
+    Between uses the module's tensors are host tensors, true and writable. In use they are on the
+    device. What is written to them there by operations of torch is taken home; a write through
+    `.data`, which torch does not count, is not. Used by one thread at a time.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module
+        self.device = device
+        self.bytes_brought = 0
+        self._images: list[ParkedImage] = []
+        self._places: dict[int, tuple[int, int]] = {}  # address of a home: its image, its number
+        self._away: list[Away] = []
+        self._memory: list[Tensor] = []  # on the device
+        self._stream: torch.cuda.Stream | None = None  # where the copies were enqueued
+        self._arrived: torch.cuda.Event | None = None
+
+    # Parking.
+
+    def park(self, progress: Progress) -> None:
+        """Moves the tensors into page-locked images. Raises HostMemoryError.
+
+        If it raises, `give_up()` makes the module ordinary again.
+        """
+        with ordinary_tensors():
+            tensors = self.tensors()
+            added = host_memory.bytes_not_given_back(tensors)
+            largest = min(IMAGE_BYTES, sum(tensor.nbytes for tensor in tensors))
+            host_memory.require(added + largest, f"parking {type(self.module).__name__}")
+            store = HostStore(backend_for(self.device))
+            for kin in _runs(_by_memory(tensors)):
+                self._park(store, kin)
+                progress(self._images[-1].layout.nbytes)
+
+    def _park(self, store: HostStore, kin: list[list[Tensor]]) -> None:
+        firsts = [group[0] for group in kin]
+        layout = image.lay_out((str(i), tensor) for i, tensor in enumerate(firsts))
+        memory = store.allocate(layout.nbytes)
+        image.write_image(memory, layout, firsts, True)
+        homes = tuple(image.host_view(spec, memory) for spec in layout.specs)
+        for number, (home, group) in enumerate(zip(homes, kin, strict=True)):
+            self._places[home.data_ptr()] = (len(self._images), number)
+            for tensor in group:
+                tensor.data = home
+        self._images.append(ParkedImage(layout, memory, homes))
+
+    def give_up(self) -> None:
+        """The module is ordinary again, on the host, in the memory where it is."""
+        self.send_home()
+        for parked in self._images:
+            parked.memory.unlock()
+        self._images.clear()
+        self._places.clear()
+
+    def tensors(self) -> list[Tensor]:
+        """The module's parameters and buffers as they stand there now, each once."""
+        found: dict[int, Tensor] = {}
+        for owner in self.module.modules():
+            for tensor in (*owner._parameters.values(), *owner._buffers.values()):
+                if tensor is not None and not isinstance(tensor, HostTensor):
+                    found[id(tensor)] = tensor
+        return list(found.values())
+
+    # Using.
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self._away)
+
+    def bring_in(self) -> None:
+        """The tensors stand on the device. If there is no room for all, none does."""
+        with ordinary_tensors():
+            try:
+                self._bring_in()
+            except BaseException:
+                self.send_home()
+                raise
+
+    def _bring_in(self) -> None:
+        assert not self._away
+        copies: dict[object, Tensor] = {}
+        brought: dict[int, Tensor] = {}  # number of an image: its bytes on the device
+        for tensor in self.tensors():
+            if tensor.device.type != "cpu":
+                continue  # somebody put it there
+            kin = tie_key(tensor)
+            if kin not in copies:
+                copies[kin] = self._copy(tensor, brought)
+            home = tensor.data
+            tensor.data = copies[kin]
+            self._away.append(Away(tensor, home, copies[kin], _version(tensor)))
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.current_stream(self.device)
+            self._arrived = self._stream.record_event()
+
+    def _copy(self, tensor: Tensor, brought: dict[int, Tensor]) -> Tensor:
+        """The tensor on the device: a view of its image there, or, if it has none, a copy alone."""
+        number, which = self._places.get(tensor.data_ptr(), (-1, -1))
+        if number < 0 or not _same_memory(tensor, self._images[number].homes[which]):
+            alone = torch.empty_like(tensor, device=self.device, requires_grad=False)
+            self._memory.append(alone)
+            self.bytes_brought += alone.nbytes
+            return alone.copy_(tensor.data)
+        parked = self._images[number]
+        if number not in brought:
+            brought[number] = self._copy_image(parked)
+        return image.device_view(parked.layout.specs[which], brought[number], image.ALIGNMENT)
+
+    def _copy_image(self, parked: ParkedImage) -> Tensor:
+        # Nothing starts at 0: the compiler treats such views apart, see SlotMemory.
+        nbytes = image.ALIGNMENT + parked.layout.nbytes
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._memory.append(memory)
+        memory[image.ALIGNMENT :].copy_(parked.bytes(), non_blocking=True)
+        self.bytes_brought += parked.layout.nbytes
+        return memory
+
+    def use_here(self) -> None:
+        """The current stream reads what was brought, maybe on another one."""
+        if self._arrived is None:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._stream:
+            stream.wait_event(self._arrived)
+            for memory in self._memory:
+                memory.record_stream(stream)
+
+    def send_home(self) -> None:
+        """The tensors stand on the host, the device's memory is free. Idempotent.
+
+        Waits on the host for the copies to the device, whose source may be written to from here on;
+        not for what reads them there.
+        """
+        with ordinary_tensors():
+            if self._memory and self.device.type == "cuda":
+                (self._arrived or torch.cuda.current_stream(self.device)).synchronize()
+            while self._away:
+                self._send_home(self._away[-1])
+                self._away.pop()
+            for tensor in self.tensors():
+                if tensor.device.type != "cpu":
+                    tensor.data = tensor.data.to("cpu")
+            self._memory.clear()
+            self._stream = self._arrived = None
+
+    @staticmethod
+    def _send_home(away: Away) -> None:
+        if away.replaced():
+            return  # its new value goes the way of all that somebody put on the device
+        if away.written():
+            away.home.copy_(away.tensor.data)
+        away.tensor.data = away.home
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return tie_key(one) == tie_key(other) if one.numel() else one.device == other.device
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Raised by each write that torch counts; tensors made in inference mode have none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _by_memory(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Tensors with bytes; those that are the same memory seen in the same way together."""
+    kin: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.nbytes:
+            kin.setdefault(tie_key(tensor), []).append(tensor)
+    return list(kin.values())
+
+
+def _runs(kin: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """Groups of at most IMAGE_BYTES each, or of one tensor that is larger."""
+    run: list[list[Tensor]] = []
+    held = 0
+    for group in kin:
+        nbytes = image.aligned(group[0].nbytes)
+        if run and held + nbytes > IMAGE_BYTES:
+            yield run
+            run, held = [], 0
+        run.append(group)
+        held += nbytes
+    if run:
+        yield run
