@@ -843,6 +843,8 @@ def test_prefetch_that_is_neither_a_count_nor_a_ratio_is_an_error(
         ([VAE, "clip"], "clip"),
         ("defaults", "defaults"),
         ([DIT, 3], "3"),
+        ([DIT, [VAE]], "['vae']"),
+        (b"dit", "dit"),
         (True, "True"),
         (False, "False"),
         (4, "4"),
