@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import wanoffload
+from wanoffload import errors
 
 
 def run_python(code: str) -> str:
@@ -52,6 +53,8 @@ assert "libcuda.so" not in mapped or torch.version.cuda, "the driver was opened"
         "wanoffload.Workload(480, 832, 81)",
         "wanoffload.Hardware(device_memory='24GiB')",
         "wanoffload.ModelFacts(family='wan')",
+        "wanoffload.plan('Wan-AI/Wan2.2-TI2V-5B-Diffusers').explain()",
+        "wanoffload.Plan",
         "wanoffload.OffloadError",
         "dir(wanoffload)",
     ],
@@ -68,6 +71,12 @@ def test_every_public_name_is_there_and_defined_in_the_module_it_is_loaded_from(
     assert wanoffload.__all__ == sorted(wanoffload.__all__)
     with pytest.raises(AttributeError, match="no attribute 'warp'"):
         wanoffload.warp  # noqa: B018
+
+
+def test_every_error_is_public() -> None:
+    assert set(errors.__all__) <= set(wanoffload.__all__)
+    for name in errors.__all__:
+        assert issubclass(getattr(wanoffload, name), wanoffload.OffloadError)
 
 
 def test_type_checkers_are_told_of_the_same_names() -> None:

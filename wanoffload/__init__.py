@@ -4,7 +4,7 @@
     transformer = wanoffload.wrap(transformer, prefetch=2)   # in place, returns the same module
 
 Nothing happens at import: no CUDA call, no thread, no environment variable read, and no torch: each
-name is loaded when it is first used, so that what only decides (`Workload`, `Hardware`) is there in
+name is loaded when it is first used, so that deciding (`plan`, `Workload`, `Hardware`) takes
 milliseconds. No module of this package has the name of a public function: importing the module
 would put it in the function's place.
 """
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
         BackendError,
         ClosedError,
         ConcurrentForwardError,
+        DeviceMemoryError,
         GradientError,
         HostMemoryError,
         MoveError,
         OffloadError,
+        PipelineError,
         TransferError,
         TransferTimeout,
         UnboundWeightError,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     )
     from wanoffload.facts import ModelFacts
     from wanoffload.hardware import Hardware
+    from wanoffload.pipeline import disable, enable
+    from wanoffload.policy import Plan, plan
     from wanoffload.runtime import Offloader, Stats
     from wanoffload.workload import Workload
     from wanoffload.wrapping import offloader, unwrap, wrap
@@ -41,6 +45,7 @@ __all__ = [
     "BackendError",
     "ClosedError",
     "ConcurrentForwardError",
+    "DeviceMemoryError",
     "GradientError",
     "Hardware",
     "HostMemoryError",
@@ -48,6 +53,8 @@ __all__ = [
     "MoveError",
     "OffloadError",
     "Offloader",
+    "PipelineError",
+    "Plan",
     "Stats",
     "TransferError",
     "TransferTimeout",
@@ -57,7 +64,10 @@ __all__ = [
     "WeightChangeError",
     "Workload",
     "WrapError",
+    "disable",
+    "enable",
     "offloader",
+    "plan",
     "unwrap",
     "wrap",
 ]
@@ -66,9 +76,13 @@ _MODULE_OF = {
     "Hardware": "hardware",
     "ModelFacts": "facts",
     "Offloader": "runtime",
+    "Plan": "policy",
     "Stats": "runtime",
     "Workload": "workload",
+    "disable": "pipeline",
+    "enable": "pipeline",
     "offloader": "wrapping",
+    "plan": "policy",
     "unwrap": "wrapping",
     "wrap": "wrapping",
 }
