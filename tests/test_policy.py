@@ -137,7 +137,7 @@ def test_there_are_no_more_slots_than_blocks() -> None:
 
 def test_the_peak_is_that_of_the_worst_stage() -> None:
     pixels = 480 * 832
-    decoding = 500_000_000 + pixels * 20_000  # the VAE with what it computes
+    decoding = 500_000_000 + round(pixels * 20_000 * (1 + cost.CONVOLUTION_WORKSPACES))
     streamed = predicted(Placement(STREAM, 1), replace(WAN_14B, text_encoder=None))
     assert streamed.device_peak_bytes == 500_000_000 + decoding
     resident = predicted(Placement(RESIDENT))
@@ -359,6 +359,15 @@ def test_a_plan_that_locks_less_is_taken_where_the_host_has_too_little() -> None
     made, found = decided(A14B, LARGE, card("141GiB", host="32GB"))
     assert found == Placement(RESIDENT)
     assert "locks" in made.reasons["dit_layerwise_offload"]
+
+
+def test_workspaces_are_predicted_but_not_needed() -> None:
+    only_vae = replace(WAN_14B, text_encoder=None)
+    candidate = predicted(Placement(STREAM, 1), only_vae)
+    activations = 480 * 832 * 20_000
+    stage = 500_000_000 + 500_000_000  # the VAE, and the rest of the DiT
+    assert candidate.device_peak_bytes == stage + round(1.155 * activations)
+    assert candidate.device_need_bytes == stage + round(1.1 * activations) + cost.RESERVE_BYTES
 
 
 def test_a_reserve_is_left_on_the_device() -> None:

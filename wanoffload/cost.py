@@ -34,8 +34,8 @@ LAUNCH_FACTOR = 1.95
 TRAFFIC_EFFICIENCY = 0.61
 """Part of the rate of one large elementwise kernel that the many of a block reach: 0.56 to 0.66 was
 measured, over three models and 1,560 to 32,760 tokens."""
-CONVOLUTION_WORKSPACES = 1.155
-"""What cuDNN's workspaces add to what a VAE computes: 1.148 to 1.155 was measured."""
+CONVOLUTION_WORKSPACES = 0.155
+"""What cuDNN's workspaces add, of a VAE's activations: 0.148 to 0.155 was measured."""
 SLOT_LEAD_BYTES = 256
 ENCODER_PREFETCH = 2
 """Blocks of an encoder fetched ahead."""
@@ -96,6 +96,27 @@ class Candidate:
     host_locked_bytes: int
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A time of a generation in which one component runs: what is on the device meanwhile.
+
+    `workspaces`: what convolutions take beside their activations where there is room.
+    """
+
+    weights: int
+    activations: int
+    workspaces: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.weights + self.activations + self.workspaces
+
+    @property
+    def need_bytes(self) -> int:
+        """What must be there. Without workspaces: cuDNN takes another algorithm then."""
+        return self.weights + round(self.activations * (1 + RESERVE_OF_ACTIVATIONS))
+
+
 def with_assumed_rates(hardware: Hardware) -> tuple[Hardware, list[str]]:
     """The machine with ASSUMED rates where its own are unknown, and the names of these."""
     missing = [name for name in RATES if getattr(hardware, name) is None]
@@ -138,19 +159,16 @@ def predict(
     tokens = facts.tokens(workload) if workload else 0
     activations = max((_activations(dit, tokens) for dit in facts.dits), default=0)
     weights = _weights_while_denoising(facts, placement)
-    peaks = [
-        (weights + _standing(facts, around), activations),
+    stages = [
+        Stage(weights + _standing(facts, around), activations),
         *_other_stages(facts, placement, around, workload),
     ]
     return Candidate(
         placement=placement,
         step_seconds=_step_seconds(facts, placement, tokens, workload, machine),
         start_seconds=_start_seconds(facts, placement, around, machine),
-        device_peak_bytes=max(fixed + moving for fixed, moving in peaks),
-        device_need_bytes=max(
-            fixed + round(moving * (1 + RESERVE_OF_ACTIVATIONS)) for fixed, moving in peaks
-        )
-        + RESERVE_BYTES,
+        device_peak_bytes=max(stage.peak_bytes for stage in stages),
+        device_need_bytes=max(stage.need_bytes for stage in stages) + RESERVE_BYTES,
         device_weight_bytes=weights,
         host_locked_bytes=_locked(facts, placement, around),
     )
@@ -213,15 +231,17 @@ def _standing(facts: ModelFacts, around: Around, but: str = "") -> int:
 
 def _other_stages(
     facts: ModelFacts, placement: Placement, around: Around, workload: Workload | None
-) -> list[tuple[int, int]]:
-    """(weights, activations) on the device while each of the other components runs."""
+) -> list[Stage]:
+    """What is on the device while each of the other components runs."""
     stages = []
     for name, component, how in _auxiliary(facts, around):
         own = component.bytes
         if how == STREAM:
             own = component.other_bytes + slots_bytes(component, ENCODER_PREFETCH)
         fixed = _weights_between(facts, placement) + _standing(facts, around, name) + own
-        stages.append((fixed, _image_activations(component, workload)))
+        activations = _image_activations(component, workload)
+        workspaces = round(activations * CONVOLUTION_WORKSPACES)
+        stages.append(Stage(fixed, activations, workspaces))
     return stages
 
 
@@ -230,12 +250,8 @@ def _image_activations(component: ComponentFacts, workload: Workload | None) -> 
         return 0
     pixels = workload.height * workload.width
     return round(
-        pixels
-        * CONVOLUTION_WORKSPACES
-        * (
-            component.activation_bytes_per_pixel
-            + workload.frames * component.activation_bytes_per_voxel
-        )
+        pixels * component.activation_bytes_per_pixel
+        + pixels * workload.frames * component.activation_bytes_per_voxel
     )
 
 

@@ -65,7 +65,10 @@ def refuse(facts: ModelFacts, choices: Choices) -> None:
 
 
 def why_not(facts: ModelFacts, choices: Choices, platform: str) -> str | None:
-    """Rule 1: the first condition that keeps the DiT from being turned on, or None."""
+    """Rule 1: the first condition that keeps the DiT from being turned on, or None.
+
+    All but the last, a chosen `dit_layerwise_offload`: who asks has looked at that.
+    """
     chosen = "was chosen, so the DiT is not turned on by itself"
     conditions = (
         (facts.family != WAN, "not a Wan pipeline"),
@@ -76,7 +79,6 @@ def why_not(facts: ModelFacts, choices: Choices, platform: str) -> str | None:
         (facts.sharded, "the parameters are sharded"),
         (choices.use_fsdp_inference is True, "the caller shards the DiT (use_fsdp_inference)"),
         (choices.made("dit_cpu_offload"), f"dit_cpu_offload {chosen}"),
-        (choices.made("dit_layerwise_offload"), f"dit_layerwise_offload {chosen}"),
         (choices.made("layerwise_offload_components"), f"layerwise_offload_components {chosen}"),
     )
     return next((f"rule 1: {text}" for held, text in conditions if held), None)
@@ -100,7 +102,7 @@ def decide_dit(
             decision.fsdp = False
             reasons["use_fsdp_inference"] = "rule 7: off, layerwise offload of the DiT was chosen"
             decision.messages.append(
-                "use_fsdp_inference is turned off: dit_layerwise_offload was chosen, and a "
+                "use_fsdp_inference is turned off: layerwise offload of the DiT was chosen, and a "
                 "transformer can't be sharded and streamed at once (rule 7)"
             )
     elif choices.dit_layerwise_offload is False:
