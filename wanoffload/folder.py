@@ -35,9 +35,13 @@ _FP32: dict[str, tuple[str, ...]] = {
 }
 """Known classes, and the parts of names whose tensors diffusers keeps in fp32."""
 _ALL_FP32 = ("AutoencoderKLWan",)
-_NOT_LOADED = re.compile(r"norm_added_q\.|position_ids$|^encoder\.embed_tokens\.")
-"""In some checkpoints, but not in the loaded model: what Wan's classes ignore, a buffer, and the
-tied copy of UMT5's embedding."""
+_NOT_LOADED = {
+    "Wan": re.compile(r"norm_added_q\."),
+    "CLIP": re.compile(r"position_ids$"),
+    "UMT5": re.compile(r"^encoder\.embed_tokens\."),
+}
+"""By the start of the class's name, what some checkpoints hold and the loaded model does not: what
+diffusers ignores for Wan, a buffer, the tied copy of an embedding."""
 _IN_LIST = re.compile(r"(.*?)\.(\d+)\.")
 
 Tensors = dict[str, int]
@@ -56,15 +60,16 @@ def look_at_folder(folder: Path) -> Parts:
     parts = {
         name: _part(folder / name, value[1])
         for name, value in index.items()
-        if is_relevant(name) and _is_component(value)
+        if is_relevant(name) and _names_class(value) and value[1] is not None
     }
-    settings = {name: value for name, value in index.items() if not isinstance(value, list)}
+    settings = {name: value for name, value in index.items() if not _names_class(value)}
     return Parts(str(folder), str(index.get("_class_name", "")), settings, parts)
 
 
-def _is_component(value: Any) -> bool:
-    """model_index.json names library and class; both null where the component was left out."""
-    return isinstance(value, list) and len(value) == 2 and value[1] is not None
+def _names_class(value: Any) -> bool:
+    """A component in model_index.json: library and class, both null where it was left out."""
+    pair = isinstance(value, list) and len(value) == 2
+    return pair and all(item is None or isinstance(item, str) for item in value)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -88,9 +93,15 @@ def _part(folder: Path, name: str) -> Part:
         tensor: nbytes
         for file in _weight_files(folder)
         for tensor, nbytes in _tensors(file, name)
-        if not _NOT_LOADED.search(tensor)
+        if not _ignored(name, tensor)
     }
     return Part(config, _weights(tensors, config) if tensors else None)
+
+
+def _ignored(name: str, tensor: str) -> bool:
+    return any(
+        name.startswith(start) and pattern.search(tensor) for start, pattern in _NOT_LOADED.items()
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
