@@ -27,9 +27,7 @@ DIT = DitFacts(
     activation_bytes_per_token=100_000,
 )
 TEXT_ENCODER = ComponentFacts(block_bytes=(400_000_000,) * 24, other_bytes=2 * GB)
-VAE = ComponentFacts(
-    other_bytes=500_000_000, activation_bytes_per_pixel=20_000 / cost.CONVOLUTION_WORKSPACES
-)
+VAE = ComponentFacts(other_bytes=500_000_000, activation_bytes_per_pixel=20_000)
 WAN_14B = ModelFacts("wan 14b", WAN, dits=(DIT,), text_encoder=TEXT_ENCODER, vae=VAE)
 A14B = replace(WAN_14B, name="a14b", a14b=True, dits=(DIT, DIT))
 
