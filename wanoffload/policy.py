@@ -150,10 +150,16 @@ def _why(problem: Problem, base: Considered, taken: Candidate) -> str:
     of_base = base.candidate
     if base.obstacle is not None:
         return f"{of_base.placement} does not fit: {base.obstacle}"
-    less = gb(of_base.device_peak_bytes - taken.device_peak_bytes)
     if problem.mode == "memory" or seconds(of_base) <= seconds(taken) * EQUAL:
-        return f"{less} less device memory than {of_base.placement}, {_times(of_base, taken)}"
+        return f"{_less(of_base, taken)} than {of_base.placement}, {_times(of_base, taken)}"
     return f"faster than {of_base.placement}, {_times(of_base, taken)}"
+
+
+def _less(base: Candidate, taken: Candidate) -> str:
+    peak = base.device_peak_bytes - taken.device_peak_bytes
+    if peak > 0:
+        return f"{gb(peak)} less device memory"
+    return f"{gb(base.device_weight_bytes - taken.device_weight_bytes)} less for weights"
 
 
 def _times(base: Candidate, taken: Candidate) -> str:
