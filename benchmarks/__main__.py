@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, memory, micro, steps, tables, wrapping
+from benchmarks import machine, memory, micro, predict, steps, tables, wrapping
 from benchmarks.contenders import DIFFUSERS_LEVELS, OURS, RESIDENT
 from benchmarks.harness import ROOT, ResultStore, Session, say
 from benchmarks.models import MODELS
 
-CASES = {case.NAME: case for case in (steps, memory, wrapping, micro)}
+CASES = {case.NAME: case for case in (steps, memory, wrapping, micro, predict)}
 TABLE = "table"
 
 
@@ -64,7 +64,8 @@ def print_list() -> None:
     print(f"  {TABLE:10} prints what --results holds, as markdown")
     print("models and sizes:")
     for spec in MODELS.values():
-        print(f"  {spec.name:10} {', '.join(map(str, spec.sizes))}")
+        slow = [f"{size} (only by --sizes)" for size in spec.slow_sizes]
+        print(f"  {spec.name:10} {', '.join([*map(str, spec.sizes), *slow])}")
     print("contenders:")
     for name in (RESIDENT, f"{OURS}-pN", f"{OURS}-pageable-pN", *DIFFUSERS_LEVELS):
         print(f"  {name}")

@@ -33,11 +33,15 @@ class Size:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A Wan transformer: its config, how its VAE shrinks a video, and the sizes measured on it."""
+    """A Wan transformer: its config, how its VAE shrinks a video, and the sizes measured on it.
+
+    ``slow_sizes`` take so long that they are measured only where they are asked for by name.
+    """
 
     name: str
     config: dict[str, Any]
     sizes: tuple[Size, ...]
+    slow_sizes: tuple[Size, ...] = ()
     spatial: int = 8
     temporal: int = 4
     expand_timesteps: bool = False
@@ -73,12 +77,12 @@ SIZES_480P = (Size(480, 832, 1), Size(480, 832, 17), Size(480, 832, 81))
 MODELS = {
     spec.name: spec
     for spec in (
-        ModelSpec("14b", _config(5120, 40, 13824, 40), SIZES_480P),
-        ModelSpec("1.3b", _config(1536, 12, 8960, 30), SIZES_480P[:2]),
+        ModelSpec("14b", _config(5120, 40, 13824, 40), SIZES_480P, (Size(720, 1280, 81),)),
+        ModelSpec("1.3b", _config(1536, 12, 8960, 30), SIZES_480P),
         ModelSpec(
             "5b",
             _config(3072, 24, 14336, 30, channels=48),
-            (Size(704, 1280, 17),),
+            (Size(704, 1280, 17), Size(704, 1280, 121)),
             spatial=16,
             expand_timesteps=True,
         ),
@@ -96,6 +100,11 @@ MODELS = {
 def chosen_sizes(spec: ModelSpec, frames: Sequence[int] | None) -> list[Size]:
     """The sizes of a model with one of the numbers of frames asked for, or all."""
     return [size for size in spec.sizes if not frames or size.frames in frames]
+
+
+def named_sizes(spec: ModelSpec, names: Sequence[str]) -> list[Size]:
+    """The sizes of a model with one of these names, slow ones too."""
+    return [size for size in (*spec.sizes, *spec.slow_sizes) if str(size) in names]
 
 
 def describe_only(spec: ModelSpec) -> nn.Module:

@@ -5,14 +5,14 @@ Only the newest row of each key is shown. Every figure stands beside its floor o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
+from benchmarks import predict_tables
+from benchmarks.cells import Column, gigabytes, markdown, of_key, spread, yes
 from benchmarks.contenders import RESIDENT
 from benchmarks.harness import ResultStore, Row
+from benchmarks.predictions import NAME as PREDICT
 from benchmarks.step_bench import NAME as STEP
-
-GB = 1e9
-Column = tuple[str, Callable[[Row], str]]
 
 
 def render(store: ResultStore) -> str:
@@ -24,39 +24,9 @@ def render(store: ResultStore) -> str:
             rows = [row for row in store.newest(case) if row.machine == machine and wanted(row)]
             if rows:
                 parts.append(f"**{title}**\n\n{markdown(rows, columns)}")
+        predicted = [row for row in store.newest(PREDICT) if row.machine == machine]
+        parts += predict_tables.sections(predicted)
     return "\n\n".join(parts) or "Nothing was measured yet."
-
-
-def markdown(rows: Iterable[Row], columns: Sequence[Column]) -> str:
-    """One table."""
-    lines = [_line(title for title, _ in columns), _line("---" for _ in columns)]
-    lines += [_line(cell(row) for _, cell in columns) for row in rows]
-    return "\n".join(lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def spread(value: dict[str, float], digits: int = 1) -> str:
-    """A median with the least and the greatest."""
-    numbers = (f"{value[name]:.{digits}f}" for name in ("median", "min", "max"))
-    return "{} ({}–{})".format(*numbers)  # noqa: RUF001
-
-
-def gigabytes(value: float) -> str:
-    """Bytes in GB."""
-    return f"{value / GB:.2f}"
-
-
-def yes(value: object) -> str:
-    """A truth value in a word."""
-    return "yes" if value else "**no**"
-
-
-def of_key(name: str) -> Callable[[Row], str]:
-    """A cell with a part of the key."""
-    return lambda row: str(row.key.get(name, ""))
 
 
 def _resident_host(row: Row) -> str:
@@ -68,7 +38,7 @@ def _blank_for_resident(cell: Callable[[Row], str]) -> Callable[[Row], str]:
     return lambda row: "" if row.key["contender"] == RESIDENT else cell(row)
 
 
-STEP_TIMES: list[Column] = [
+STEP_TIMES: list[Column[Row]] = [
     ("model", of_key("model")),
     ("size", of_key("size")),
     ("contender", of_key("contender")),
@@ -80,11 +50,11 @@ STEP_TIMES: list[Column] = [
     ("x floor", _blank_for_resident(lambda row: f"{row.values['x_floor']:.4f}")),
     ("equal, bit for bit", lambda row: yes(row.verified)),
 ]
-STEP_TIMES_COMPILED: list[Column] = [
+STEP_TIMES_COMPILED: list[Column[Row]] = [
     *STEP_TIMES,
     ("graphs, recompiled", lambda row: f"{row.values['graphs']}, {row.values['recompiled']}"),
 ]
-STEP_COSTS: list[Column] = [
+STEP_COSTS: list[Column[Row]] = [
     *STEP_TIMES[:3],
     ("device peak, GB: in use", lambda row: gigabytes(row.values["device_peak_allocated"])),
     ("reserved", lambda row: gigabytes(row.values["device_peak_reserved"])),
@@ -129,7 +99,7 @@ def _kept(value: float, ceiling: float) -> str:
     return "kept" if value <= ceiling else "**exceeded**"
 
 
-MEMORY: list[Column] = [
+MEMORY: list[Column[Row]] = [
     *STEP_TIMES[:3],
     ("reserved, GB", lambda row: gigabytes(row.values["reserved"])),
     ("ceiling", _ceiling),
@@ -149,7 +119,7 @@ def _first_forward(row: Row) -> str:
     return f"{spread(first)}, {_kept(first['median'], ceiling)}"
 
 
-WRAPPING: list[Column] = [
+WRAPPING: list[Column[Row]] = [
     ("model", of_key("model")),
     ("contender", of_key("contender")),
     ("set-up, s", lambda row: spread(row.values["setup_s"], 2)),
@@ -177,7 +147,7 @@ def _micro_name(row: Row) -> str:
     return ", ".join(f"{value}" for name, value in row.key.items() if name != "part")
 
 
-MICRO: list[Column] = [
+MICRO: list[Column[Row]] = [
     ("part", of_key("part")),
     ("what", _micro_name),
     ("median (least–greatest)", _measured),  # noqa: RUF001
@@ -201,7 +171,7 @@ def _is_part(row: Row) -> bool:
     return not row.values.get("complete", False)
 
 
-TABLES: list[tuple[str, str, Callable[[Row], bool], list[Column]]] = [
+TABLES: list[tuple[str, str, Callable[[Row], bool], list[Column[Row]]]] = [
     ("A step (two forwards)", STEP, _eager, STEP_TIMES),
     ("A step with compiled blocks", STEP, _compiled, STEP_TIMES_COMPILED),
     ("What a step takes", STEP, _eager, STEP_COSTS),

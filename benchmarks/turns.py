@@ -129,17 +129,22 @@ class Measure:
         return all(torch.equal(mine, other) for mine, other in pairs)
 
     def _check_fetches(self, before: Counters, after: Counters, turns: Turns) -> None:
-        """Every block was acquired in every forward, and its bytes came over the link.
-
-        An output can be right although the hooks are dead, if the weights happen to be elsewhere.
-        """
         forwards = 1 + FORWARDS_PER_STEP * turns.steps
+        blocks = self._weights.block_count
+        turns.fetches_right &= fetches_are_right(before, after, forwards, blocks)
         fetched = after.bytes_fetched - before.bytes_fetched
-        acquired = after.acquires - before.acquires == forwards * self._weights.block_count
-        # Up to as much as the slots hold was there before, and is there ahead of time after; where
-        # they hold everything, nothing has to come twice.
-        expected = forwards * after.host_bytes
-        least = 0 if after.slot_bytes >= after.host_bytes else expected - after.slot_bytes
-        brought = least <= fetched <= expected + after.slot_bytes
-        turns.fetches_right &= acquired and brought
         turns.bytes_per_step = fetched / forwards * FORWARDS_PER_STEP
+
+
+def fetches_are_right(before: Counters, after: Counters, forwards: int, blocks: int) -> bool:
+    """Whether every block was acquired in every forward, and its bytes came over the link.
+
+    An output can be right although the hooks are dead, if the weights happen to be elsewhere.
+    """
+    fetched = after.bytes_fetched - before.bytes_fetched
+    acquired = after.acquires - before.acquires == forwards * blocks
+    # Up to as much as the slots hold was there before, and is there ahead of time after; where
+    # they hold everything, nothing has to come twice.
+    expected = forwards * after.host_bytes
+    least = 0 if after.slot_bytes >= after.host_bytes else expected - after.slot_bytes
+    return acquired and least <= fetched <= expected + after.slot_bytes
