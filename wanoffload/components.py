@@ -147,6 +147,8 @@ class Component:
 
     def bytes_to_move(self, wanted: Treatment) -> int:
         """For the progress bar: what `become` copies."""
+        if self._only_prefetch_differs(wanted):
+            return 0
         if wanted.kind in (PARKED, STREAMED):
             return self.nbytes
         if wanted.kind == UNTOUCHED:
@@ -166,6 +168,10 @@ class Component:
 
     def become(self, wanted: Treatment, progress: tqdm[NoReturn]) -> None:
         """Changes the treatment. If it raises, `restore()` or another `become` is possible."""
+        if self.runtime is not None and self._only_prefetch_differs(wanted):
+            self.runtime.set_prefetch(wanted.prefetch)
+            self.treatment = wanted
+            return
         self.release()
         end = progress.n + self.bytes_to_move(wanted)
         if wanted.kind == STREAMED and role(self.name) == DIT:
@@ -180,6 +186,13 @@ class Component:
             self.module.to(self.device)
         self.treatment = wanted
         progress.update(end - progress.n)
+
+    def _only_prefetch_differs(self, wanted: Treatment) -> bool:
+        return (
+            self.runtime is not None
+            and self.treatment is not None
+            and self.treatment.kind == wanted.kind == STREAMED
+        )
 
     def _stream_dit(self, prefetch: int, progress: tqdm[NoReturn]) -> None:
         self._stream(self.module, prefetch, wrapping.MOVE, progress)

@@ -44,13 +44,13 @@ class Away:
     tensor: Tensor
     home: Tensor
     copy: Tensor
-    version: int | None
+    version: int
 
     def replaced(self) -> bool:
         return not _same_memory(self.tensor, self.copy)
 
     def written(self) -> bool:
-        return _version(self.tensor) != self.version
+        return self.tensor._version != self.version
 
 
 class Parked:
@@ -110,12 +110,19 @@ class Parked:
         self._places.clear()
 
     def tensors(self) -> list[Tensor]:
-        """The module's parameters and buffers as they stand there now, each once."""
+        """The module's parameters and buffers as they stand there now, each once.
+
+        Those that were born in inference mode, whose data can't be swapped, are replaced first.
+        """
         found: dict[int, Tensor] = {}
         for owner in self.module.modules():
-            for tensor in (*owner._parameters.values(), *owner._buffers.values()):
-                if tensor is not None and not isinstance(tensor, HostTensor):
-                    found[id(tensor)] = tensor
+            for entries in (owner._parameters, owner._buffers):
+                for key, tensor in entries.items():
+                    if tensor is None or isinstance(tensor, HostTensor):
+                        continue
+                    if id(tensor) not in found:
+                        found[id(tensor)] = _swappable(tensor)
+                    entries[key] = found[id(tensor)]  # type: ignore[assignment]
         return list(found.values())
 
     # Using.
@@ -145,7 +152,7 @@ class Parked:
                 copies[kin] = self._copy(tensor, brought)
             home = tensor.data
             tensor.data = copies[kin]
-            self._away.append(Away(tensor, home, copies[kin], _version(tensor)))
+            self._away.append(Away(tensor, home, copies[kin], tensor._version))
         if self.device.type == "cuda":
             self._stream = torch.cuda.current_stream(self.device)
             self._arrived = self._stream.record_event()
@@ -209,13 +216,17 @@ class Parked:
         away.tensor.data = away.home
 
 
+def _swappable(tensor: Tensor) -> Tensor:
+    """The tensor, or an ordinary one in place of one that was born in inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    ordinary = tensor.detach().clone()
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(ordinary, tensor.requires_grad) if is_parameter else ordinary
+
+
 def _same_memory(one: Tensor, other: Tensor) -> bool:
     return tie_key(one) == tie_key(other) if one.numel() else one.device == other.device
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Raised by each write that torch counts; tensors made in inference mode have none."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _by_memory(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -57,7 +57,8 @@ def enable(
     enabled = Enabled(pipe, facts or pipe, mode, hardware or Hardware.probe(), choices)
     enabled.begin(workload)
     pipe.__dict__[hooks.ATTRIBUTE] = enabled
-    object.__setattr__(pipe, "__class__", enabled_class(type(pipe)))
+    ordinary: Any = type(pipe)
+    object.__setattr__(pipe, "__class__", enabled_class(ordinary))
     return pipe
 
 

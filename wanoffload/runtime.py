@@ -303,6 +303,12 @@ class Offloader(hooks.Attached):
         finally:
             self._leave_thread()
 
+    def set_prefetch(self, prefetch: int) -> None:
+        """Another number of blocks ahead, and of slots, from the next forward on. Pauses."""
+        self.pause()
+        self._prefetch = min(prefetch, len(self.bindings))
+        self._slot_count = min(prefetch + 1, len(self.bindings))
+
     def _let_slots_go(self) -> None:
         self._prefetcher.close()
         for binding in self.bindings:
