@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import inspect
 from collections.abc import Mapping
@@ -65,7 +64,7 @@ def enabled_class(base: Any) -> type[Any]:
 
     def reduce(self: Any, protocol: Any) -> Any:
         entries = {k: v for k, v in self.__dict__.items() if k != hooks.ATTRIBUTE}
-        return copyreg.__newobj__, (base,), entries  # type: ignore[attr-defined]
+        return _blank, (base,), entries
 
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {
@@ -76,6 +75,11 @@ def enabled_class(base: Any) -> type[Any]:
     }
     refused = {name: _refusal(base, name) for name in _REFUSED if hasattr(base, name)}
     return type(base.__name__, (base,), {**names, **own, **refused})
+
+
+def _blank(kind: type[Any]) -> Any:
+    """What a copy of an enabled pipeline begins as."""
+    return kind.__new__(kind)
 
 
 def ordinary_class(enabled: type[Any]) -> type[Any]:
