@@ -14,9 +14,11 @@ import torch
 pytest.importorskip("diffusers")
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, link, models, step_bench, turns
+from benchmarks import contenders, link, models, predictions, step_bench, tables, turns
 from benchmarks.harness import ResultStore, Row, Spread
 from benchmarks.machine import DevicePeak
+from wanoffload import Hardware, cost
+from wanoffload.parking import Parked
 
 CPU = torch.device("cpu")
 TINY = models.MODELS["tiny"]
@@ -236,6 +238,168 @@ def test_table_has_a_line_for_the_newest_row_of_each_key(
     assert len({line.count("|") for line in (head, rule, *lines)}) == 1
     assert "wanoffload-p1" in lines[1]
     assert lines[1].endswith("| yes |")
+
+
+def test_predict_measures_every_plan_at_every_size_and_prints_both_tables(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(results, "predict", "table") == 0
+    rows = {(r.key["size"], r.key["plan"]): r for r in ResultStore(results).rows("predict")}
+    assert len(rows) == len(TINY.sizes) * len(predictions.PLANS) == 8
+    assert all(each.verified for each in rows.values())
+    for size in map(str, TINY.sizes):
+        resident, whole = rows[size, "resident"].values, rows[size, "whole"].values
+        added = whole["move_ms"] / whole["workload"]["steps"]
+        assert whole["move_ms"] > 0
+        assert whole["step_ms"]["median"] == pytest.approx(resident["step_ms"]["median"] + added)
+    printed = capsys.readouterr().out
+    assert printed.count("| tiny | 32x48x9 | streamed-p1 |") == 1
+    assert printed.count("| tiny | 32x48x9 | this, ") == 1
+    assert "Inside: " in printed
+    assert " of 8 steps (10%" in printed
+
+
+def test_predict_goes_on_with_the_rows_that_are_missing(results: Path) -> None:
+    assert bench(results, "predict", "--frames", "9", "--label", "same") == 0
+    kept = [each for each in results.read_text().splitlines() if '"plan": "whole"' not in each]
+    results.write_text("\n".join(kept) + "\n")
+    assert bench(results, "predict", "--frames", "9", "--label", "same") == 0
+    assert [each.key["plan"] for each in ResultStore(results).rows()] == [*predictions.PLANS]
+
+
+def test_predict_does_not_verify_wrong_bits_of_any_plan(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply, bring_in = contenders.Wanoffload.apply, Parked.bring_in
+
+    def spoil_streamed(self: contenders.Wanoffload, model: torch.nn.Module, device: Any) -> None:
+        model.get_parameter("blocks.3.ffn.net.2.weight").data[0] += self.prefetch
+        apply(self, model, device)
+
+    def spoil_whole(self: Parked) -> None:
+        bring_in(self)
+        self.module.get_parameter("blocks.3.ffn.net.2.weight").data[0] -= 4
+
+    monkeypatch.setattr(contenders.Wanoffload, "apply", spoil_streamed)
+    monkeypatch.setattr(Parked, "bring_in", spoil_whole)
+    assert bench(results, "predict", "--frames", "1") == 1
+    equal = {r.key["plan"]: r.values["equal"] for r in ResultStore(results).rows()}
+    assert equal == {"resident": True, "streamed-p1": False, "streamed-p2": False, "whole": False}
+
+
+def test_predict_does_not_verify_right_bits_without_fetches(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = contenders.Wanoffload.counters
+
+    def dead(self: contenders.Wanoffload, model: torch.nn.Module) -> contenders.Counters:
+        return dataclasses.replace(counters(self, model), acquires=0, bytes_fetched=0)
+
+    monkeypatch.setattr(contenders.Wanoffload, "counters", dead)
+    assert bench(results, "predict", "--frames", "1") == 1
+    verified = {r.key["plan"]: r.verified for r in ResultStore(results).rows()}
+    assert verified == {
+        "resident": True,
+        "streamed-p1": False,
+        "streamed-p2": False,
+        "whole": True,
+    }
+
+
+def test_slow_sizes_are_measured_only_by_name() -> None:
+    model = models.MODELS["14b"]
+    assert all(size.height == 480 for size in models.chosen_sizes(model, [81]))
+    (slow,) = models.named_sizes(model, ["720x1280x81", "1x1x1"])
+    assert model.tokens(slow) == 75600
+
+
+def test_a_size_that_no_model_has_makes_predict_fail(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(results, "predict", "--sizes", "64x64x5") == 1
+    assert "no model has a size 64x64x5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench(results, "predict", "--models", "14b,15b")
+    assert "models are 14b, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["14b", "1.3b", "5b"])
+def test_facts_of_a_model_have_its_bytes_and_tokens(name: str) -> None:
+    spec = models.MODELS[name]
+    facts, weights = predictions.facts_of(spec), models.model_bytes(spec)
+    assert facts.dits[0].bytes == weights.all
+    assert facts.dits[0].block_bytes == (weights.largest_block,) * weights.block_count
+    for size in (*spec.sizes, *spec.slow_sizes):
+        assert facts.tokens(predictions.workload_of(size)) == spec.tokens(size)
+
+
+H200 = Hardware(
+    device_memory=150_000_000_000,
+    host_memory=100_000_000_000,
+    link_gb_per_s=50.0,
+    pageable_gb_per_s=7.0,
+    matmul_tflops=600.0,
+    attention_tflops=500.0,
+    device_gb_per_s=4000.0,
+    launch_us=6.0,
+)
+
+
+def measured(plan: str, step_ms: float, peak: int = 0, name: str = "14b", nth: int = 2) -> Row:
+    """A row as if measured on an H200, at the size with this number."""
+    spec = models.MODELS[name]
+    size = spec.sizes[nth]
+    values = {
+        "verified": True,
+        "step_ms": Spread.of([step_ms]).as_json(),
+        "device_peak_allocated": peak,
+        "device_peak_reserved": peak,
+        **predictions.inputs_of_prediction(spec, size, H200),
+    }
+    return Row("predict", {"model": name, "size": str(size), "plan": plan}, "c", values, "m", "t")
+
+
+def test_predictions_are_those_of_the_cost_model_as_it_is_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one_frame = measured("whole", 300.0, peak=2 * 28_635_351_168, nth=0)
+    before = predictions.Predicted.of(one_frame)
+    move_ms = 1e3 * 28_635_351_168 / 50e9 / predictions.STEPS_A_USE
+    resident = predictions.Predicted.of(measured("resident", 300.0, nth=0))
+    assert before.step_ms == pytest.approx(resident.step_ms + move_ms)
+    assert before.step_ratio == pytest.approx(before.step_ms / 300)
+    assert before.peak_ratio is not None
+    assert 0.5 < before.peak_ratio < 0.52
+    predict = cost.predict
+    changed = lambda *args: dataclasses.replace(predict(*args), step_seconds=0.6)  # noqa: E731
+    monkeypatch.setattr(cost, "predict", changed)
+    assert predictions.Predicted.of(one_frame).step_ratio == 2
+
+
+def test_auto_is_compared_with_what_fits_on_each_card() -> None:
+    rows = [measured("resident", 6000), measured("streamed-p1", 6600), measured("whole", 5000)]
+    taken = predictions.what_auto_takes(map(predictions.Predicted.of, rows))
+    assert [each.card for each in taken] == [*predictions.CARDS, "this, 150.00 GB"]
+    small, *_, this = taken
+    assert (small.plan, small.best, small.best_ms) == ("streamed-p1", "streamed-p1", 6600)
+    assert small.slower == 0
+    assert (this.best, this.best_ms) == ("whole", 5000)
+    assert this.step_ms is not None
+    assert this.slower == pytest.approx(this.step_ms / 5000 - 1)
+
+
+def test_tables_say_what_is_outside_and_count_it(results: Path) -> None:
+    right = predictions.Predicted.of(measured("resident", 1.0))
+    peak = right.candidate.device_peak_bytes
+    store = ResultStore(results)
+    store.add(measured("resident", right.step_ms * 1.05, peak=round(peak * 1.06)))
+    store.add(measured("streamed-p1", right.step_ms * 2, peak=0))
+    printed = tables.render(store)
+    (resident,) = [line for line in printed.splitlines() if "480x832x81 | resident" in line]
+    assert "0.952, inside" in resident
+    assert "0.943, **OUTSIDE**" in resident
+    assert "Inside: 1 of 2 steps (10%" in printed
+    assert "; 0 of 1 peaks (5%, the worst is off by 5.7%)" in printed
 
 
 def test_store_passes_over_a_line_that_was_cut_off(results: Path) -> None:
