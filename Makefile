@@ -5,7 +5,7 @@
 # make check    format, lint, types, the extension's stub.
 # make stress   C++ stress tests under the address, undefined-behaviour and thread sanitizers.
 # make sdist    builds an sdist, installs it elsewhere, and runs a model with it.
-# make bench    the benchmarks (BENCH="step memory wrapping micro"), for a machine with a GPU.
+# make bench    the benchmarks (BENCH="step predict ..."), for a machine with a GPU.
 #
 # SETUP=1 (the default) uses a virtual environment in .venv, made once from constraints.txt.
 # SETUP=0 uses PYTHON as it is, builds the extension in place, and reaches for no network.
@@ -16,7 +16,7 @@ MODEL ?=
 PROMPT ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
-BENCH ?= step memory wrapping micro
+BENCH ?= step memory wrapping micro predict limited
 
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 ifeq ($(SETUP),1)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, memory, micro, predict, steps, tables, wrapping
+from benchmarks import limited, machine, memory, micro, predict, steps, tables, wrapping
 from benchmarks.contenders import DIFFUSERS_LEVELS, OURS, RESIDENT
 from benchmarks.harness import ROOT, ResultStore, Session, say
 from benchmarks.models import MODELS
 
-CASES = {case.NAME: case for case in (steps, memory, wrapping, micro, predict)}
+CASES = {case.NAME: case for case in (steps, memory, wrapping, micro, predict, limited)}
 TABLE = "table"
 
 

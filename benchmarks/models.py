@@ -146,7 +146,7 @@ def build_on_host(spec: ModelSpec, device: torch.device, seed: int = SEED) -> nn
     would take minutes.
     """
     model = describe_only(spec)
-    staging = _Staging(device, _largest_bytes(model))
+    staging = Staging(device, _largest_bytes(model))
     for index, (name, parameter) in enumerate(list(model.named_parameters())):
         weight = _random_weight(name, parameter, device, seed + index)
         _set(model, name, staging.to_host(weight))
@@ -158,14 +158,14 @@ def copy_to_host(spec: ModelSpec, model: nn.Module) -> nn.Module:
     copy = describe_only(spec)
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
-    staging = _Staging(device, _largest_bytes(model))
+    staging = Staging(device, _largest_bytes(model))
     for name, parameter in parameters.items():
         weight = staging.to_host(parameter.detach())
         _set(copy, name, weight.clone() if device.type == "cpu" else weight)
     return copy
 
 
-class _Staging:
+class Staging:
     """A page-locked bounce buffer: a copy to the host at the link's rate instead of a tenth."""
 
     def __init__(self, device: torch.device, size: int) -> None:

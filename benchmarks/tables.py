@@ -171,6 +171,18 @@ def _is_part(row: Row) -> bool:
     return not row.values.get("complete", False)
 
 
+LIMITED: list[Column[Row]] = [
+    ("treatment", of_key("treatment")),
+    ("weights, GB", lambda row: gigabytes(row.values["weights"])),
+    ("limit", lambda row: gigabytes(row.values["limit"])),
+    ("runs", lambda row: "yes" if row.values["fits"] else "out of memory"),
+    ("device peak, GB: in use", lambda row: gigabytes(row.values["allocated_peak"])),
+    ("reserved", lambda row: gigabytes(row.values["reserved_peak"])),
+    ("equal, bit for bit", lambda row: "yes" if row.values["equal"] else ""),
+    ("as asked", lambda row: yes(row.verified)),
+]
+
+
 TABLES: list[tuple[str, str, Callable[[Row], bool], list[Column[Row]]]] = [
     ("A step (two forwards)", STEP, _eager, STEP_TIMES),
     ("A step with compiled blocks", STEP, _compiled, STEP_TIMES_COMPILED),
@@ -179,4 +191,5 @@ TABLES: list[tuple[str, str, Callable[[Row], bool], list[Column[Row]]]] = [
     ("Memory, each in a fresh process", "memory", _every, MEMORY),
     ("Setting up from a model in host memory", "wrapping", _every, WRAPPING),
     ("Parts", "micro", _is_part, MICRO),
+    ("A DiT larger than the device", "limited", _every, LIMITED),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_UNITS = {
+_UNITS: dict[str, int] = {
     "": 1,
     "b": 1,
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
@@ -23,7 +23,8 @@ def parse_bytes(size: int | str, what: str = "a size") -> int:
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if found is None or found[2].lower() not in _UNITS:
         raise ValueError(
-            f"{what} is a number of bytes, 0 or more, or text such as '24GiB' or '24 GB', not {size!r}"
+            f"{what} is a number of bytes, 0 or more, or text such as '24GiB' or '24 GB', "
+            f"not {size!r}"
         )
     return round(float(found[1]) * _UNITS[found[2].lower()])
 
