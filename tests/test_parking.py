@@ -137,6 +137,10 @@ def _data(layer: Layer) -> None:
     layer.turned.data = layer.turned.data * 2
 
 
+def _shortened(layer: Layer) -> None:
+    layer.scale.data = layer.scale.data[:1]  # the same address, another tensor
+
+
 def _replaced(layer: Layer) -> None:
     layer.turned = nn.Parameter(layer.turned * 2, requires_grad=False)
 
@@ -169,7 +173,7 @@ def _added(layer: Layer) -> None:
     layer.head = Adapter(layer.head)
 
 
-WRITES = [_in_place, _data, _replaced, _loaded, _assigned, _buffer, _added]
+WRITES = [_in_place, _data, _shortened, _replaced, _loaded, _assigned, _buffer, _added]
 
 
 @pytest.mark.usefixtures("poisoned_homes")

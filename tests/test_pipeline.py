@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
@@ -32,7 +31,7 @@ from wanoffload import (
     wrapping,
 )
 from wanoffload.acting import Enabled
-from wanoffload.components import PARKED, STREAMED, find_stack
+from wanoffload.components import PARKED, RESIDENT, STREAMED, UNTOUCHED, Treatment, find_stack
 from wanoffload.enabled_class import state, workload_of
 from wanoffload.facts import ModelFacts
 from wanoffload.pipeline import disable, enable, plan_of
@@ -168,6 +167,31 @@ def test_the_video_is_that_of_the_resident_pipeline(name: str, plan: str, planne
     assert type(pipe) is base
     assert entries(pipe) == attributes
     assert torch.equal(kind.run(pipe), expected)
+
+
+WHOLE, HERE_ALWAYS, NOT_OURS = Treatment(PARKED), Treatment(RESIDENT), Treatment(UNTOUCHED)
+
+
+@pytest.mark.parametrize(
+    ("plan", "dit", "text", "image", "vae"),
+    [
+        (STREAMING, Treatment(STREAMED, 1), *[Treatment(STREAMED, 2)] * 2, WHOLE),
+        (PARKING, WHOLE, WHOLE, WHOLE, WHOLE),
+        (STANDING, *[HERE_ALWAYS] * 4),
+        (PLANS["both flags"], Treatment(STREAMED, 2), HERE_ALWAYS, HERE_ALWAYS, WHOLE),
+        (PLANS["encoders streamed"], WHOLE, *[Treatment(STREAMED, 2)] * 2, WHOLE),
+        (PLANS["sharded"], NOT_OURS, *[HERE_ALWAYS] * 3),
+        (StandIn(vae_cpu_offload=True), *[HERE_ALWAYS] * 3, WHOLE),
+        (StandIn(text_encoder_cpu_offload=True), HERE_ALWAYS, WHOLE, *[HERE_ALWAYS] * 2),
+        (StandIn(image_encoder_cpu_offload=True), *[HERE_ALWAYS] * 2, WHOLE, HERE_ALWAYS),
+    ],
+)
+def test_what_a_plan_means_for_each_component(
+    plan: StandIn, dit: Treatment, text: Treatment, image: Treatment, vae: Treatment
+) -> None:
+    expected = {"transformer": dit, "transformer_2": dit, "text_encoder": text}
+    expected |= {"image_encoder": image, "vae": vae, "watermarker": HERE_ALWAYS}
+    assert {name: components.treatment(plan, name) for name in expected} == expected
 
 
 def check_work(pipe: Any, plan: StandIn) -> None:
@@ -799,18 +823,53 @@ def test_a_call_in_inference_mode_right_after_enable_in_inference_mode(planned) 
 
 
 @pytest.mark.parametrize("name", ["t2v", "i2v", "qwen_image"])
-@pytest.mark.parametrize("plan", [STREAMING, PARKING, STANDING], ids=str)
+@pytest.mark.parametrize("plan", ["streamed", "parked", "resident"])
 @pytest.mark.gpu
-def test_the_video_is_the_same_on_a_gpu(name: str, plan: StandIn, planned) -> None:
+def test_the_video_is_the_same_on_a_gpu(name: str, plan: str, planned) -> None:
     kind = PIPELINES[name]
     pipe = kind.make().to("cuda")
     expected = kind.run(pipe)
     pipe.to("cpu")
-    planned(plan)
+    planned(PLANS[plan])
     enable(pipe, hardware=HERE)
     for _ in range(2):
-        video = kind.run(pipe)
-        assert np.array_equal(video.cpu(), expected.cpu())
+        assert torch.equal(kind.run(pipe).cpu(), expected.cpu())
         assert at_home(pipe)
+        for part in ("text_encoder", "vae"):
+            tensors = [*getattr(pipe, part).parameters(), *getattr(pipe, part).buffers()]
+            device = "cuda" if plan == "resident" else "cpu"
+            assert {tensor.device.type for tensor in tensors} == {device}, part
     disable(pipe)
     assert pipe.device == torch.device("cpu")
+
+
+@pytest.mark.gpu
+def test_what_fails_on_a_gpu_puts_every_tensor_back_where_it_was(
+    planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = PIPELINES["t2v"].make()
+    pipe.vae.to("cuda")
+    pipe.transformer.blocks[1].to("cuda")
+
+    def places() -> dict[str, str]:
+        parts = {name: getattr(pipe, name) for name in ("transformer", "vae", "text_encoder")}
+        return {f"{n}.{k}": v.device.type for n, p in parts.items() for k, v in tensors_of(p)}
+
+    def tensors_of(part: nn.Module) -> list[tuple[str, Tensor]]:
+        return [*part.named_parameters(), *part.named_buffers()]
+
+    before = places()
+    become = components.Component.become
+
+    def ending(self: Any, *args: Any) -> None:
+        become(self, *args)
+        if len([c for c in seen if c]) == 2:
+            raise Stop
+        seen.append(self.name)
+
+    seen: list[str] = []
+    planned(PARKING)
+    monkeypatch.setattr(components.Component, "become", ending)
+    with pytest.raises(Stop):
+        enable(pipe, hardware=HERE)
+    assert places() == before

@@ -79,7 +79,7 @@ def enabled_class(base: Any) -> type[Any]:
 
 def _blank(kind: type[Any]) -> Any:
     """What a copy of an enabled pipeline begins as."""
-    return kind.__new__(kind)
+    return object.__new__(kind)
 
 
 def ordinary_class(enabled: type[Any]) -> type[Any]:
