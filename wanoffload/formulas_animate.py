@@ -10,17 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from wanoffload.facts import DitFacts
-from wanoffload.formulas_wan import (
-    WanShape,
-    block,
-    block_sizes,
-    embed,
-    head,
-    make_facts,
-    outer_sizes,
-    shape_of,
-)
+from wanoffload.formulas_wan import make_facts
 from wanoffload.tally import BF16, FP32, Sizes, Tally, dense, image_bytes
+from wanoffload.wan_forward import block, embed, head
+from wanoffload.wan_shape import WanShape, block_sizes, outer_sizes, shape_of
 
 SEGMENT_FRAMES = 77
 """The pipeline's `segment_frame_length`."""

@@ -93,9 +93,10 @@ def _embed(t: Tally, n: float, d: int, head: int, get: Mapping[str, Any]) -> Non
     _rms_norm(t, TEXT_TOKENS, joint)
     t.linear(TEXT_TOKENS, joint, d)
     t.kernels += 12
-    t.linear(1, TIME_DIM, d)
-    t.move(d, BF16, BF16)
-    t.linear(1, d, d)
+    times = 2 if get["zero_cond_t"] else 1
+    t.linear(times, TIME_DIM, d)
+    t.move(times * d, BF16, BF16)
+    t.linear(times, d, d)
     t.kernels += 2 if get["use_additional_t_cond"] else 0
     t.kernels += 2 if get["zero_cond_t"] else 0
     t.move(n * head / 2, COMPLEX, COMPLEX)
