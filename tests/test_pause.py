@@ -279,8 +279,9 @@ def test_a_prediction_that_holds_is_no_warning(
     assert [r.levelname for r in caplog.records] == ["INFO"]
 
 
-def test_a_generation_that_ends_before_its_second_step_is_not_measured(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("end", ["pause", "error"])
+def test_a_generation_that_ends_within_its_second_step_is_not_measured(
+    end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs, offloader = wrapped()
     clock = iter([10.0, 30.0, 33.0])
@@ -288,9 +289,11 @@ def test_a_generation_that_ends_before_its_second_step_is_not_measured(
     offloader.expect(1.0, forwards_per_step=2)
     for _ in range(3):
         forward(model, inputs)  # the second step begins at 10.0
-    offloader.pause()
-    with pytest.raises(TypeError):
-        model()
+    if end == "pause":
+        offloader.pause()
+    else:
+        with pytest.raises(TypeError):
+            model()
     for _ in range(4):
         forward(model, inputs)
     assert offloader.stats().measured_step_seconds == 3.0
