@@ -656,8 +656,8 @@ def test_messages_of_the_plan_are_logged(planned, caplog: pytest.LogCaptureFixtu
 def test_what_cannot_be_enabled_is_named(planned) -> None:
     planned(STREAMING)
     pipe = PIPELINES["t2v"].make()
-    with pytest.raises(PipelineError, match=r"not a WanTransformer3DModel.*wrap\(\)"):
-        enable(pipe.transformer, hardware=HERE)
+    with pytest.raises(PipelineError, match=r"or a transformer, not a str"):
+        enable("pipe", hardware=HERE)
     wanoffload.wrap(pipe.transformer, device="cpu")
     with pytest.raises(PipelineError, match=r"transformer of this WanPipeline.*unwrap"):
         enable(pipe, hardware=HERE)

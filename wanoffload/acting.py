@@ -50,13 +50,18 @@ class Enabled(hooks.Attached):
     plan: Plan
 
     def __init__(
-        self, pipe: Any, model: object, mode: str, hardware: Hardware, choices: Mapping[str, Any]
+        self,
+        modules: Mapping[str, nn.Module],
+        model: object,
+        mode: str,
+        hardware: Hardware,
+        choices: Mapping[str, Any],
     ) -> None:
         self.device = resolve_device(None)
         self.floor = Floor()
         self.components = {
             name: Component(name, module, self.device, self.floor)
-            for name, module in _modules(pipe).items()
+            for name, module in modules.items()
         }
         self._model = model
         self._mode = mode
@@ -78,6 +83,12 @@ class Enabled(hooks.Attached):
         self._adopt(plan, workload, wanted)
         self._given = workload is not None
         self._undecided = len(wanted) < len(self.components)
+
+    def settle(self) -> None:
+        """Decides without a size what would wait for a pipeline's first call."""
+        if self._undecided:
+            self._adopt(self.plan, None, self._treatments(self.plan))
+            self._undecided = False
 
     def _decide(self, workload: Workload | None) -> Plan:
         return decide(self._model, workload, self._hardware, self._mode, self._choices)
@@ -196,15 +207,6 @@ class Enabled(hooks.Attached):
                     f"pipe.{name} was unwrapped, or its hook was taken out, while the pipeline is "
                     "enabled; call wanoffload.disable(pipe) and enable it again"
                 )
-
-
-def _modules(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's modules by name; one that has two names, under the first."""
-    found: dict[str, nn.Module] = {}
-    for name, component in pipe.components.items():
-        if isinstance(component, nn.Module) and all(component is not m for m in found.values()):
-            found[name] = component
-    return found
 
 
 def _require_fit(plan: Plan, hardware: Hardware) -> None:

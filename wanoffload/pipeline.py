@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from wanoffload import hooks
+from wanoffload import hooks, host_memory
 from wanoffload.acting import Enabled
 from wanoffload.enabled_class import enabled_class, ordinary_class, state
 from wanoffload.errors import PipelineError
@@ -17,6 +19,10 @@ from wanoffload.workload import Workload
 
 if TYPE_CHECKING:
     from wanoffload.policy import Plan
+
+DIT_NAME = "transformer"
+ALONE = "_wanoffload_enabled"
+"""Where a transformer that was enabled without a pipeline keeps what `enable` remembers."""
 
 
 def enable(
@@ -35,7 +41,9 @@ def enable(
     one, on the CPU, by the same engine.
 
     Args:
-        pipe: a diffusers pipeline: Wan's, or another whose `transformer` is a diffusers one.
+        pipe: a diffusers pipeline: Wan's, or another whose `transformer` is a diffusers one. Or a
+            transformer alone: it is then decided at once, and one that is run as a whole comes to
+            the device with its first forward and stays until `disable`.
         mode, choices: as for `wanoffload.plan`.
         workload: what will be generated. If it is not given, what depends on it is decided at the
             first call of the pipeline, and again at a call of another size; only components whose
@@ -53,12 +61,22 @@ def enable(
         torch.OutOfMemoryError: the device's memory ended on the way. Whatever is raised, the
             pipeline is as it was.
     """
-    _check(pipe)
-    enabled = Enabled(pipe, facts or pipe, mode, hardware or Hardware.probe(), choices)
+    alone = isinstance(pipe, nn.Module)
+    if alone:
+        _check_module(pipe)
+    else:
+        _check(pipe)
+    modules = {DIT_NAME: pipe} if alone else _modules(pipe)
+    machine = hardware or with_own_weights(Hardware.probe(), modules.values())
+    enabled = Enabled(modules, facts or pipe, mode, machine, choices)
     enabled.begin(workload)
-    pipe.__dict__[hooks.ATTRIBUTE] = enabled
-    ordinary: Any = type(pipe)
-    object.__setattr__(pipe, "__class__", enabled_class(ordinary))
+    if alone:
+        enabled.settle()
+        pipe.__dict__[ALONE] = enabled
+    else:
+        pipe.__dict__[hooks.ATTRIBUTE] = enabled
+        ordinary: Any = type(pipe)
+        object.__setattr__(pipe, "__class__", enabled_class(ordinary))
     return pipe
 
 
@@ -68,8 +86,11 @@ def disable(pipe: Any) -> Any:
     Weights keep the values they have. A pipeline that is not enabled raises PipelineError.
     """
     _enabled(pipe).end()
-    object.__setattr__(pipe, "__class__", ordinary_class(type(pipe)))
-    del pipe.__dict__[hooks.ATTRIBUTE]
+    if isinstance(pipe, nn.Module):
+        del pipe.__dict__[ALONE]
+    else:
+        object.__setattr__(pipe, "__class__", ordinary_class(type(pipe)))
+        del pipe.__dict__[hooks.ATTRIBUTE]
     return pipe
 
 
@@ -78,8 +99,34 @@ def plan_of(pipe: Any) -> Plan:
     return _enabled(pipe).plan
 
 
+def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardware:
+    """The machine with the room that these modules take now: it is theirs to be planned with.
+
+    Weights that are mapped from a file give no host memory back when they move.
+    """
+    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values()
+    kept = host_memory.bytes_not_given_back(tensors)
+    on_device = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
+    on_host = sum(tensor.nbytes for tensor in tensors) - kept
+    device, host = machine.device_memory, machine.host_memory
+    return replace(
+        machine,
+        device_memory=None if device is None else int(device) + on_device,
+        host_memory=None if host is None else int(host) + on_host,
+    )
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's modules by name; one that has two names, under the first."""
+    found: dict[str, nn.Module] = {}
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module) and all(component is not m for m in found.values()):
+            found[name] = component
+    return found
+
+
 def _enabled(pipe: Any) -> Enabled:
-    enabled = state(pipe)
+    enabled = pipe.__dict__.get(ALONE) if isinstance(pipe, nn.Module) else state(pipe)
     if enabled is None:
         raise PipelineError(f"this {type(pipe).__name__} is not enabled: see wanoffload.enable()")
     return enabled
@@ -91,8 +138,7 @@ def _check(pipe: Any) -> None:
 
     if not isinstance(pipe, DiffusionPipeline):
         raise PipelineError(
-            f"enable() takes a diffusers pipeline, not a {type(pipe).__name__}; for a transformer "
-            "alone there is wanoffload.wrap()"
+            f"enable() takes a diffusers pipeline, or a transformer, not a {type(pipe).__name__}"
         )
     name = type(pipe).__name__
     if state(pipe) is not None:
@@ -105,6 +151,14 @@ def _check(pipe: Any) -> None:
     for component, module in pipe.components.items():
         if isinstance(module, nn.Module):
             _check_component(name, component, module)
+
+
+def _check_module(module: nn.Module) -> None:
+    """The same for a transformer alone."""
+    name = type(module).__name__
+    if module.__dict__.get(ALONE) is not None:
+        raise PipelineError(f"this {name} is enabled already; call wanoffload.disable() first")
+    _check_component(name, "the root", module)
 
 
 def _check_component(pipeline: str, name: str, component: nn.Module) -> None:
