@@ -10,7 +10,7 @@ import torch
 
 import wanoffload
 from tests.small_models import MODELS, forward
-from wanoffload import Hardware, PipelineError, Plan, cost, wrapping
+from wanoffload import Hardware, PipelineError, Plan, acting, cost, wrapping
 from wanoffload.hooks import attached
 from wanoffload.look import look
 from wanoffload.pipeline import plan_of, with_own_weights
@@ -18,15 +18,26 @@ from wanoffload.pipeline import plan_of, with_own_weights
 KINDS = ["wan22_5b", "qwen_image"]
 
 
+@pytest.fixture(autouse=True)
+def on(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test on both devices; by itself enable() takes the GPU where there is one."""
+    if device == "cpu":
+        monkeypatch.setattr(acting, "resolve_device", lambda _: torch.device("cpu"))
+    return device
+
+
 def card(device_memory: str) -> Hardware:
     return Hardware(device_memory=device_memory, host_memory="64GiB", platform="cuda")
 
 
-def enabled(kind: str, hardware: Hardware, **choices: Any) -> tuple[Any, Any, torch.Tensor]:
-    """An enabled model, its inputs, and what it gave before."""
-    model, inputs = MODELS[kind]()
-    expected = forward(model, inputs)
-    wanoffload.enable(model, hardware=hardware, **choices)
+def enabled(
+    kind: str, device: str, hardware: Hardware, **choices: Any
+) -> tuple[Any, Any, torch.Tensor]:
+    """An enabled model, its inputs, and what it gave before on the same device."""
+    model, _ = MODELS[kind]()
+    inputs = MODELS[kind].inputs(device)
+    expected = forward(model.to(device), inputs)
+    wanoffload.enable(model.to("cpu"), hardware=hardware, **choices)
     return model, inputs, expected
 
 
@@ -40,30 +51,30 @@ def check_streamed(model: Any, inputs: Any, expected: torch.Tensor) -> Plan:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_flags_chosen_stream_it_and_both_stay_on(kind: str) -> None:
+def test_both_flags_chosen_stream_it_and_both_stay_on(kind: str, on: str) -> None:
     both = {"dit_cpu_offload": True, "dit_layerwise_offload": True}
-    plan = check_streamed(*enabled(kind, card("80GiB"), **both))
+    plan = check_streamed(*enabled(kind, on, card("80GiB"), **both))
     assert (plan.dit_cpu_offload, plan.dit_layerwise_offload) == (True, True)
     assert plan.layerwise_offload_components == ["dit"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_nothing_chosen_it_is_streamed_where_it_does_not_fit(kind: str) -> None:
+def test_with_nothing_chosen_it_is_streamed_where_it_does_not_fit(kind: str, on: str) -> None:
     dit = look(MODELS[kind]()[0]).dits[0]
     a_byte_less = Hardware(device_memory=dit.bytes + cost.RESERVE_BYTES - 1, host_memory="64GiB")
-    plan = check_streamed(*enabled(kind, a_byte_less))
+    plan = check_streamed(*enabled(kind, on, a_byte_less))
     assert "does not fit" in plan.reasons["dit_layerwise_offload"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_that_fits_stays_as_it_is_with_nothing_chosen(kind: str) -> None:
-    model, inputs, expected = enabled(kind, card("80GiB"))
+def test_one_that_fits_stays_as_it_is_with_nothing_chosen(kind: str, on: str) -> None:
+    model, inputs, expected = enabled(kind, on, card("80GiB"))
     assert attached(model) is None
     assert torch.equal(forward(model, inputs), expected)
 
 
-def test_one_that_is_run_as_a_whole_comes_with_its_forward() -> None:
-    model, inputs, expected = enabled("wan22_5b", card("80GiB"), dit_cpu_offload=True)
+def test_one_that_is_run_as_a_whole_comes_with_its_forward(on: str) -> None:
+    model, inputs, expected = enabled("wan22_5b", on, card("80GiB"), dit_cpu_offload=True)
     assert not plan_of(model).dit_layerwise_offload
     assert torch.equal(forward(model, inputs), expected)
     assert torch.equal(forward(model, inputs), expected)
@@ -72,43 +83,43 @@ def test_one_that_is_run_as_a_whole_comes_with_its_forward() -> None:
 @pytest.mark.parametrize(
     "choices", [{}, {"dit_cpu_offload": True}, {"dit_layerwise_offload": True}]
 )
-def test_disabled_it_is_an_ordinary_module_that_can_be_enabled_again(choices: Any) -> None:
-    model, inputs, expected = enabled("wan22_5b", card("80GiB"), **choices)
+def test_disabled_it_is_an_ordinary_module_that_can_be_enabled_again(choices: Any, on: str) -> None:
+    model, inputs, expected = enabled("wan22_5b", on, card("80GiB"), **choices)
     names = set(model.__dict__)
     assert wanoffload.disable(model) is model
     assert attached(model) is None
-    assert torch.equal(forward(model, inputs), expected)
-    wanoffload.enable(model, hardware=card("80GiB"), **choices)
+    assert torch.equal(forward(model.to(on), inputs), expected)
+    wanoffload.enable(model.to("cpu"), hardware=card("80GiB"), **choices)
     assert set(model.__dict__) == names
     assert torch.equal(forward(model, inputs), expected)
 
 
-def test_a_copy_is_an_ordinary_module() -> None:
-    model, inputs, expected = enabled("wan22_5b", card("80GiB"), dit_layerwise_offload=True)
+def test_a_copy_is_an_ordinary_module(on: str) -> None:
+    model, inputs, expected = enabled("wan22_5b", on, card("80GiB"), dit_layerwise_offload=True)
     again = copy.deepcopy(model)
     with pytest.raises(PipelineError, match="not enabled"):
         wanoffload.disable(again)
-    assert torch.equal(forward(again, inputs), expected)
+    assert torch.equal(forward(again.to(on), inputs), expected)
 
 
-def test_enabling_twice_and_on_top_of_wrap_are_errors_that_say_what_to_do() -> None:
-    model, _, _ = enabled("wan22_5b", card("80GiB"))
+def test_enabling_twice_and_on_top_of_wrap_are_errors_that_say_what_to_do(on: str) -> None:
+    model, _, _ = enabled("wan22_5b", on, card("80GiB"))
     with pytest.raises(PipelineError, match=r"enabled already.*disable"):
         wanoffload.enable(model, hardware=card("80GiB"))
     wrapped, _ = MODELS["wan22_5b"]()
-    wrapping.wrap(wrapped)
+    wrapping.wrap(wrapped, device=on)
     with pytest.raises(PipelineError, match=r"wrapped already.*unwrap"):
         wanoffload.enable(wrapped, hardware=card("80GiB"))
     with pytest.raises(PipelineError, match="a transformer"):
         wanoffload.enable("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 
 
-def test_what_the_model_holds_already_counts_as_room(device: str) -> None:
+def test_what_the_model_holds_already_counts_as_room(on: str) -> None:
     model, _ = MODELS["wan22_5b"]()
-    model.to(device)
+    model.to(on)
     total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     machine = with_own_weights(Hardware(device_memory=1000, host_memory=100), [model])
-    on_device = total if device == "cuda" else 0
+    on_device = total if on == "cuda" else 0
     assert machine.device_memory == 1000 + on_device
     assert machine.host_memory == 100 + total - on_device
     assert with_own_weights(Hardware(), [model]) == Hardware()

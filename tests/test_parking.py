@@ -69,9 +69,8 @@ def addresses(module: nn.Module) -> dict[str, int]:
 @pytest.mark.usefixtures("poisoned_homes")
 def test_a_forward_computes_with_the_copy_on_the_device(layer: Layer, device: str) -> None:
     ids = IDS.to(device)
-    expected = layer.to(device)(ids)
+    expected = copy.deepcopy(layer).to(device)(ids)  # a copy: moving it unties what views tie
     objects = [id(t) for t in (*layer.parameters(), *layer.buffers())]
-    layer.to("cpu")
     parked = park(layer, device)
     home = addresses(layer)
     parked.bring_in()

@@ -89,6 +89,13 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decide | StandIn], Non
 
 
 @pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests without the mark run on the host backend, also where there is a GPU."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(acting, "resolve_device", lambda _: torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
 def _slots_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every streamed block's slot holds NaN before it is filled."""
     stream = wrapping.stream

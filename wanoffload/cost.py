@@ -29,8 +29,9 @@ LOCK_GB_PER_S = 9.0
 CONTENTION = {1: 0.018}
 """What copies cost compute when both take the same time, for each prefetch; see `_streamed`."""
 CONTENTION_DEEPER = 0.009
-LAUNCH_FACTOR = 1.95
-"""Host time of an operation inside a diffusers model, in launches of a bare one."""
+LAUNCH_FACTOR = 1.7
+"""Host time of an operation inside a diffusers model, in launches of a bare one: 1.6 and 1.95 were
+measured on two machines of one kind. Only small models on fast cards wait for it."""
 TRAFFIC_EFFICIENCY = 0.61
 """Part of the rate of one large elementwise kernel that the many of a block reach: 0.56 to 0.66 was
 measured, over three models and 1,560 to 32,760 tokens."""
