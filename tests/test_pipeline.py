@@ -794,12 +794,16 @@ def test_another_pipeline_made_of_the_same_components_runs(planned) -> None:
 def test_one_progress_bar_counts_every_byte_that_moves(
     planned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bars = []
+    bars, steps = [], []
 
     class Bar(acting.tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             bars.append(self)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            steps.append(n)
+            return super().update(n)
 
     pipe = PIPELINES["i2v"].make()
     expected = sum(
@@ -814,6 +818,8 @@ def test_one_progress_bar_counts_every_byte_that_moves(
     enable(pipe, hardware=HERE)
     assert len(bars) == 1
     assert bars[0].n == bars[0].total == expected
+    blocks = sum(c.runtime.stats().units for c in enabled_of(pipe).components.values() if c.runtime)
+    assert len([step for step in steps if step]) >= blocks, "it jumps"
 
 
 def test_a_call_in_inference_mode_right_after_enable_in_inference_mode(planned) -> None:
@@ -848,6 +854,19 @@ def test_the_video_is_the_same_on_a_gpu(name: str, plan: str, planned) -> None:
             assert {tensor.device.type for tensor in tensors} == {device}, part
     disable(pipe)
     assert pipe.device == torch.device("cpu")
+
+
+@pytest.mark.gpu
+def test_what_became_resident_in_inference_mode_is_ordinary_on_a_gpu(planned) -> None:
+    kind = PIPELINES["t2v"]
+    pipe = kind.make()
+    planned(STANDING)
+    with torch.inference_mode():
+        enable(pipe, hardware=HERE)
+    assert not any(p.is_inference() for p in pipe.transformer.parameters())
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(2)
+    kind.run(pipe)
 
 
 @pytest.mark.gpu
