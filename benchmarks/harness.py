@@ -25,7 +25,7 @@ import torch
 Key = Mapping[str, "str | int | bool"]
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("wanoffload/*.py", "wanoffload/*.pyi", "kernels/*.py", "csrc/**/*.h", "csrc/**/*.cpp")
+CODE = ("wanoffload/**/*.py", "wanoffload/*.pyi", "kernels/*.py", "csrc/**/*.h", "csrc/**/*.cpp")
 STARTED = time.perf_counter()
 
 

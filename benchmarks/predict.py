@@ -19,8 +19,8 @@ from benchmarks.harness import Session, say
 from benchmarks.models import MODELS, ModelSpec, Size, chosen_sizes, named_sizes
 from benchmarks.predict_bench import PredictBench, Wanted, fingerprint, key_of
 from benchmarks.predictions import NAME, PLANS
-from wanoffload import cost
-from wanoffload.hardware import Hardware
+from wanoffload.machine.hardware import Hardware
+from wanoffload.policy import cost
 
 HELP = "step and device peak of the planner's candidates, beside what it predicts"
 

@@ -29,9 +29,9 @@ from benchmarks.predictions import (
 from benchmarks.step_meter import Outcome, StepMeter
 from benchmarks.timing import Clock
 from wanoffload import unwrap
-from wanoffload.cost import RESIDENT, WHOLE
-from wanoffload.hardware import Hardware
-from wanoffload.parking import Parked
+from wanoffload.machine.hardware import Hardware
+from wanoffload.pipelines.parking import Parked
+from wanoffload.policy.cost import RESIDENT, WHOLE
 
 Wanted = Mapping[Size, Sequence[str]]
 

@@ -15,7 +15,7 @@ from benchmarks.predictions import (
     in_order,
     what_auto_takes,
 )
-from wanoffload.hardware import RATES, Hardware
+from wanoffload.machine.hardware import RATES, Hardware
 
 
 def sections(rows: Sequence[Row]) -> list[str]:

@@ -12,12 +12,13 @@ from typing import Any
 
 from benchmarks.harness import Row
 from benchmarks.models import MODELS, ModelSpec, Size
-from wanoffload import cost, explain, policy
-from wanoffload.cost import RESIDENT, STREAM, WHOLE, Around, Candidate, Placement
-from wanoffload.facts import WAN, ModelFacts
-from wanoffload.formulas import dit_facts
-from wanoffload.hardware import Hardware
-from wanoffload.policy import Plan
+from wanoffload.facts.formulas import dit_facts
+from wanoffload.facts.model import WAN, ModelFacts
+from wanoffload.machine.hardware import Hardware
+from wanoffload.policy import cost, explain
+from wanoffload.policy import planning as policy
+from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Around, Candidate, Placement
+from wanoffload.policy.planning import Plan
 from wanoffload.sizes import gb
 from wanoffload.workload import Workload
 

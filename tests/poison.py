@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanoffload.parking import Parked
+from wanoffload.pipelines.parking import Parked
 
 
 def _spoil(tensor: Tensor) -> None:

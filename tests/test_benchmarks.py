@@ -17,8 +17,9 @@ from benchmarks import __main__ as command
 from benchmarks import contenders, link, models, predictions, step_bench, tables, turns
 from benchmarks.harness import ResultStore, Row, Spread
 from benchmarks.machine import DevicePeak
-from wanoffload import Hardware, cost
-from wanoffload.parking import Parked
+from wanoffload import Hardware
+from wanoffload.pipelines.parking import Parked
+from wanoffload.policy import cost
 
 CPU = torch.device("cpu")
 TINY = models.MODELS["tiny"]

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 import wanoffload
-from wanoffload import Hardware, Workload, arguments, cli, policy, probe
-from wanoffload.choices import Choices
-from wanoffload.hardware import RATES
+from wanoffload import Hardware, Workload, arguments, cli
+from wanoffload.machine import probe
+from wanoffload.machine.hardware import RATES
+from wanoffload.policy import planning as policy
+from wanoffload.policy.choices import Choices
 
 A14B = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 GIB = 1 << 30

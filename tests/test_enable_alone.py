@@ -10,10 +10,12 @@ import torch
 
 import wanoffload
 from tests.small_models import MODELS, forward
-from wanoffload import Hardware, PipelineError, Plan, acting, cost, wrapping
+from wanoffload import Hardware, PipelineError, Plan, wrapping
+from wanoffload.facts.look import look
 from wanoffload.hooks import attached
-from wanoffload.look import look
-from wanoffload.pipeline import plan_of, with_own_weights
+from wanoffload.pipelines import acting
+from wanoffload.pipelines.enabling import plan_of, with_own_weights
+from wanoffload.policy import cost
 
 KINDS = ["wan22_5b", "qwen_image"]
 

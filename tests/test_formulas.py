@@ -31,11 +31,12 @@ from transformers import (
 
 from tests.dry_run import DryRun
 from tests.small_models import MODELS, kept_dtype
-from wanoffload import image, tally
-from wanoffload.facts import DitFacts
-from wanoffload.formulas import component_facts, dit_facts
-from wanoffload.formulas_qwen import TEXT_TOKENS as QWEN_TEXT_TOKENS
-from wanoffload.formulas_wan import CUBLAS_WORKSPACE_BYTES
+from wanoffload import image
+from wanoffload.facts import tally
+from wanoffload.facts.formulas import component_facts, dit_facts
+from wanoffload.facts.formulas_qwen import TEXT_TOKENS as QWEN_TEXT_TOKENS
+from wanoffload.facts.formulas_wan import CUBLAS_WORKSPACE_BYTES
+from wanoffload.facts.model import DitFacts
 from wanoffload.units import find_units
 
 Inputs = dict[str, Any]

@@ -32,10 +32,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 import wanoffload
 from demo.checkpoint import TINY, make_checkpoint
 from tests.small_models import MODELS
-from wanoffload.facts import MOVA, OTHER, QWEN_IMAGE, WAN, ModelFacts
+from wanoffload.facts.look import look
+from wanoffload.facts.model import MOVA, OTHER, QWEN_IMAGE, WAN, ModelFacts
+from wanoffload.facts.published import PUBLISHED
 from wanoffload.image import lay_out
-from wanoffload.look import look
-from wanoffload.published import PUBLISHED
 from wanoffload.units import find_units
 from wanoffload.workload import Workload
 
@@ -490,7 +490,7 @@ def test_unknown_classes_without_weights_are_refused_by_name(folder: Path) -> No
 def test_folders_and_ids_are_looked_at_without_torch(checkpoint: Path) -> None:
     code = f"""
 import sys
-from wanoffload.look import look
+from wanoffload.facts.look import look
 assert look("Wan-AI/Wan2.2-T2V-A14B-Diffusers").a14b
 assert look({str(checkpoint)!r}).a14b
 assert "torch" not in sys.modules, "torch was imported"

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from tests.poison import poisoned_homes
 from tests.small_models import MODELS, forward
-from wanoffload import HostMemoryError, host_memory, parking, tenancy
-from wanoffload.parking import Parked
-from wanoffload.tenancy import ComponentHook, Floor
+from wanoffload import HostMemoryError, host_memory
+from wanoffload.pipelines import parking, tenancy
+from wanoffload.pipelines.parking import Parked
+from wanoffload.pipelines.tenancy import ComponentHook, Floor
 
 __all__ = ["poisoned_homes"]
 

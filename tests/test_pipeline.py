@@ -25,16 +25,22 @@ from wanoffload import (
     HostMemoryError,
     PipelineError,
     Workload,
-    acting,
-    components,
     hooks,
     wrapping,
 )
-from wanoffload.acting import Enabled
-from wanoffload.components import PARKED, RESIDENT, STREAMED, UNTOUCHED, Treatment, find_stack
-from wanoffload.enabled_class import state, workload_of
-from wanoffload.facts import ModelFacts
-from wanoffload.pipeline import disable, enable, plan_of
+from wanoffload.facts.model import ModelFacts
+from wanoffload.pipelines import acting, components
+from wanoffload.pipelines.acting import Enabled
+from wanoffload.pipelines.components import (
+    PARKED,
+    RESIDENT,
+    STREAMED,
+    UNTOUCHED,
+    Treatment,
+    find_stack,
+)
+from wanoffload.pipelines.enabled_class import state, workload_of
+from wanoffload.pipelines.enabling import disable, enable, plan_of
 
 __all__ = ["poisoned_homes"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from wanoffload import cost
-from wanoffload.cost import RESIDENT, STREAM, WHOLE, Around, Placement
-from wanoffload.explain import taken
-from wanoffload.facts import MOVA, QWEN_IMAGE, WAN, ComponentFacts, DitFacts, ModelFacts
-from wanoffload.hardware import Hardware
-from wanoffload.policy import Plan, plan
+from wanoffload.facts.model import MOVA, QWEN_IMAGE, WAN, ComponentFacts, DitFacts, ModelFacts
+from wanoffload.machine.hardware import Hardware
+from wanoffload.policy import cost
+from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Around, Placement
+from wanoffload.policy.explain import taken
+from wanoffload.policy.planning import Plan, plan
 from wanoffload.workload import Workload
 
 GB = 10**9

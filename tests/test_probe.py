@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import wanoffload
-from wanoffload import Hardware, host_memory, probe, rate_file, rates
-from wanoffload.hardware import RATES
-from wanoffload.rate_file import known_rates
-from wanoffload.rates import HEAD_SIZE, HEADS, LAUNCHES, Sizes, measure
+from wanoffload import Hardware, host_memory
+from wanoffload.machine import probe, rate_file, rates
+from wanoffload.machine.hardware import RATES
+from wanoffload.machine.rate_file import known_rates
+from wanoffload.machine.rates import HEAD_SIZE, HEADS, LAUNCHES, Sizes, measure
 
 MACHINE = {"device": "a card", "uuid": "1", "torch": "2.13.0"}
 MEASURED = {name: float(number) for number, name in enumerate(RATES, 1)}

@@ -19,9 +19,17 @@ from typing import Any
 
 import pytest
 
-from wanoffload.facts import MOVA, OTHER, QWEN_IMAGE, WAN, ComponentFacts, DitFacts, ModelFacts
-from wanoffload.hardware import Hardware
-from wanoffload.policy import Plan, plan
+from wanoffload.facts.model import (
+    MOVA,
+    OTHER,
+    QWEN_IMAGE,
+    WAN,
+    ComponentFacts,
+    DitFacts,
+    ModelFacts,
+)
+from wanoffload.machine.hardware import Hardware
+from wanoffload.policy.planning import Plan, plan
 from wanoffload.workload import Workload
 
 DIT, TEXT, IMAGE, VAE = "dit", "text_encoder", "image_encoder", "vae"
@@ -872,10 +880,10 @@ def test_a_budget_that_is_no_size_is_an_error(size: Any) -> None:
 
 DECIDE = """
 import sys
-from wanoffload.policy import plan
+from wanoffload.policy.planning import plan
 assert "torch" not in sys.modules, "importing the policy imports torch"
-from wanoffload.facts import ModelFacts
-from wanoffload.hardware import Hardware
+from wanoffload.facts.model import ModelFacts
+from wanoffload.machine.hardware import Hardware
 facts = ModelFacts(family="wan", a14b=True)
 assert plan(facts, None, Hardware(platform="cuda")).dit_layerwise_offload
 assert "torch" not in sys.modules, "deciding imports torch"

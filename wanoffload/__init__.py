@@ -31,10 +31,10 @@ if TYPE_CHECKING:
         WeightChangeError,
         WrapError,
     )
-    from wanoffload.facts import ModelFacts
-    from wanoffload.hardware import Hardware
-    from wanoffload.pipeline import disable, enable
-    from wanoffload.policy import Plan, plan
+    from wanoffload.facts.model import ModelFacts
+    from wanoffload.machine.hardware import Hardware
+    from wanoffload.pipelines.enabling import disable, enable
+    from wanoffload.policy.planning import Plan, plan
     from wanoffload.runtime import Offloader, Stats
     from wanoffload.workload import Workload
     from wanoffload.wrapping import offloader, unwrap, wrap
@@ -73,16 +73,16 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Hardware": "hardware",
-    "ModelFacts": "facts",
+    "Hardware": "machine.hardware",
+    "ModelFacts": "facts.model",
     "Offloader": "runtime",
-    "Plan": "policy",
+    "Plan": "policy.planning",
     "Stats": "runtime",
     "Workload": "workload",
-    "disable": "pipeline",
-    "enable": "pipeline",
+    "disable": "pipelines.enabling",
+    "enable": "pipelines.enabling",
     "offloader": "wrapping",
-    "plan": "policy",
+    "plan": "policy.planning",
     "unwrap": "wrapping",
     "wrap": "wrapping",
 }

@@ -7,8 +7,8 @@ import dataclasses
 import re
 from typing import Any
 
-from wanoffload.choices import MODES
-from wanoffload.hardware import PLATFORMS, Hardware
+from wanoffload.machine.hardware import PLATFORMS, Hardware
+from wanoffload.policy.choices import MODES
 from wanoffload.sizes import parse_bytes
 from wanoffload.workload import Workload
 

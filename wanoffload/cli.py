@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from wanoffload.arguments import choices_of, hardware_of, make_parser, workload_of
 from wanoffload.errors import OffloadError
-from wanoffload.hardware import Hardware
+from wanoffload.machine.hardware import Hardware
 from wanoffload.sizes import gb
 
 RATE_LABELS = {
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_probe(arguments: argparse.Namespace) -> str:
     """The machine, as text or JSON."""
-    from wanoffload.probe import cached_at  # loads torch
+    from wanoffload.machine.probe import cached_at  # loads torch
 
     hardware = Hardware.probe(arguments.device, refresh=arguments.refresh)
     path = cached_at(arguments.device)
@@ -48,7 +48,7 @@ def run_probe(arguments: argparse.Namespace) -> str:
 
 def run_plan(arguments: argparse.Namespace) -> str:
     """The plan for a model, as text or JSON."""
-    from wanoffload.policy import plan
+    from wanoffload.policy.planning import plan
 
     made = plan(
         arguments.model,

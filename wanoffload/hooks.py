@@ -70,7 +70,7 @@ def install_on_block(block: nn.Module, binding: BlockBinding) -> None:
     if block._compiled_call_impl is not None:
         _hook_compiled_call(block)
     else:
-        _hook_forward(block, _block_forward)
+        hook_forward(block, _block_forward)
 
 
 def install_on_model(model: nn.Module, binding: ModelBinding) -> None:
@@ -80,7 +80,7 @@ def install_on_model(model: nn.Module, binding: ModelBinding) -> None:
     model.__dict__["_apply"] = functools.partial(_apply, model)
     model.__dict__["state_dict"] = functools.partial(_state_dict, model)
     model.__dict__["load_state_dict"] = functools.partial(_load_state_dict, model)
-    _hook_forward(model, _model_forward)
+    hook_forward(model, _model_forward)
 
 
 def remove(module: nn.Module) -> None:
@@ -91,14 +91,14 @@ def remove(module: nn.Module) -> None:
     call = module.__dict__.get("_compiled_call_impl")
     if _is_ours(call):
         module._compiled_call_impl = call.args[1]
-    _unhook_forward(module)
+    unhook_forward(module)
     module.__dict__.pop(ATTRIBUTE, None)
 
 
 _OURS: set[Any] = set()
 
 
-def _ours(function: Callable[..., Any]) -> Callable[..., Any]:
+def ours(function: Callable[..., Any]) -> Callable[..., Any]:
     _OURS.add(function)
     return function
 
@@ -143,8 +143,8 @@ class _ForwardPlace:
         return method
 
 
-def _hook_forward(module: nn.Module, function: Callable[..., Any]) -> None:
-    _unhook_forward(module)  # what a copy of a wrapped module was born with
+def hook_forward(module: nn.Module, function: Callable[..., Any]) -> None:
+    unhook_forward(module)  # what a copy of a wrapped module was born with
     place = _ForwardPlace(module)
     inner = place.get()
     hook = functools.partial(function, module, inner)
@@ -152,7 +152,7 @@ def _hook_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     place.set(functools.update_wrapper(hook, inner or place.bound_class_forward()))
 
 
-def _unhook_forward(module: nn.Module) -> None:
+def unhook_forward(module: nn.Module) -> None:
     place = _ForwardPlace(module)
     current = place.get()
     if current is not None and _is_ours(current):
@@ -169,25 +169,25 @@ def _forget(outer: Any, ours: Any) -> None:
         outer = wraps
 
 
-def _call_inner(module: nn.Module, inner: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
+def call_inner(module: nn.Module, inner: Callable[..., Any] | None, args: Any, kwargs: Any) -> Any:
     if inner is not None:
         return inner(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
 
 
-@_ours
+@ours
 def _block_forward(block: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
     binding: BlockBinding | None = block.__dict__.get(ATTRIBUTE)
     if binding is None:
-        return _call_inner(block, inner, args, kwargs)
+        return call_inner(block, inner, args, kwargs)
     binding.enter(args, kwargs)
     try:
-        return binding.own(_call_inner(block, inner, args, kwargs))
+        return binding.own(call_inner(block, inner, args, kwargs))
     finally:
         binding.exit()
 
 
-@_ours
+@ours
 def _model_forward(model: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_dynamo_compiling():
         # torch.compile around the whole model: blocks must be fetched between graphs, so this
@@ -197,11 +197,11 @@ def _model_forward(model: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -
         raise WrapError("a wrapped model can't be exported: call wanoffload.unwrap() first")
     binding: ModelBinding | None = model.__dict__.get(ATTRIBUTE)
     if binding is None:
-        return _call_inner(model, inner, args, kwargs)
+        return call_inner(model, inner, args, kwargs)
     completed = False
     try:
         binding.begin_forward(model)
-        output = _call_inner(model, inner, args, kwargs)
+        output = call_inner(model, inner, args, kwargs)
         completed = True
         return output
     finally:
@@ -227,7 +227,7 @@ def _hook_compiled_call(block: nn.Module) -> None:
     block._compiled_call_impl = functools.partial(_compiled_call, block, compiled)
 
 
-@_ours
+@ours
 def _compiled_call(block: nn.Module, compiled: Any, /, *args: Any, **kwargs: Any) -> Any:
     binding: BlockBinding | None = block.__dict__.get(ATTRIBUTE)
     if binding is None:
@@ -239,18 +239,18 @@ def _compiled_call(block: nn.Module, compiled: Any, /, *args: Any, **kwargs: Any
         binding.exit()
 
 
-@_ours
+@ours
 def _compile(block: nn.Module, /, *args: Any, **kwargs: Any) -> None:
     """Takes the place of `block.compile`: the fetch moves from inside the call to around it."""
     if attached(block) is None:
         return type(block).compile(block, *args, **kwargs)
-    _unhook_forward(block)
+    unhook_forward(block)
     type(block).compile(block, *args, **kwargs)
     _hook_compiled_call(block)
     return None
 
 
-@_ours
+@ours
 def _state_dict(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of `model.state_dict`: not while another thread's blocks are in slots."""
     if (binding := attached(model)) is not None:
@@ -258,7 +258,7 @@ def _state_dict(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return type(model).state_dict(model, *args, **kwargs)
 
 
-@_ours
+@ours
 def _load_state_dict(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of `model.load_state_dict`, likewise."""
     if (binding := attached(model)) is not None:
@@ -266,7 +266,7 @@ def _load_state_dict(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return type(model).load_state_dict(model, *args, **kwargs)
 
 
-@_ours
+@ours
 def _apply(module: nn.Module, /, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Takes the place of `module._apply`: streamed weights stay where they are."""
     binding: BlockBinding | ModelBinding | None = attached(module)

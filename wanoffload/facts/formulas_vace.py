@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wanoffload.facts import DitFacts
-from wanoffload.formulas_wan import make_facts
-from wanoffload.tally import BF16, Tally, dense, image_bytes
-from wanoffload.wan_forward import block, embed, head
-from wanoffload.wan_shape import WanShape, block_sizes, outer_sizes, shape_of
+from wanoffload.facts.formulas_wan import make_facts
+from wanoffload.facts.model import DitFacts
+from wanoffload.facts.tally import BF16, Tally, dense, image_bytes
+from wanoffload.facts.wan_forward import block, embed, head
+from wanoffload.facts.wan_shape import WanShape, block_sizes, outer_sizes, shape_of
 
 DEFAULTS: dict[str, Any] = {
     "vace_layers": [0, 5, 10, 15, 20, 25, 30, 35],

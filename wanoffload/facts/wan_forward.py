@@ -6,8 +6,8 @@ a `WanShape` see there.
 
 from __future__ import annotations
 
-from wanoffload.tally import BF16, FP32, Tally
-from wanoffload.wan_shape import TEXT_TOKENS, WanShape
+from wanoffload.facts.tally import BF16, FP32, Tally
+from wanoffload.facts.wan_shape import TEXT_TOKENS, WanShape
 
 
 def modulated_norm(t: Tally, n: float, s: WanShape) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wanoffload.facts import DitFacts
-from wanoffload.formulas_wan import CUBLAS_WORKSPACE_BYTES
-from wanoffload.tally import BF16, FP32, Sizes, Tally, coefficients, dense, image_bytes
+from wanoffload.facts.formulas_wan import CUBLAS_WORKSPACE_BYTES
+from wanoffload.facts.model import DitFacts
+from wanoffload.facts.tally import BF16, FP32, Sizes, Tally, coefficients, dense, image_bytes
 
 TEXT_TOKENS = 256
 """Prompts are not padded. This many are a long prompt or, in editing, a short one after the 190

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from wanoffload.errors import WrapError
-from wanoffload.facts import ComponentFacts
-from wanoffload.formulas import knows_dit
-from wanoffload.parts import Part, Parts, is_dit, is_relevant
-from wanoffload.tally import image_bytes
+from wanoffload.facts.formulas import knows_dit
+from wanoffload.facts.model import ComponentFacts
+from wanoffload.facts.parts import Part, Parts, is_dit, is_relevant
+from wanoffload.facts.tally import image_bytes
 
 if TYPE_CHECKING:
     from torch import nn

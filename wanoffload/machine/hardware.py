@@ -78,6 +78,6 @@ class Hardware:
             ValueError: there is no such device.
             OffloadError: less than 70 MB of device memory are free.
         """
-        from wanoffload.probe import probe  # loads torch
+        from wanoffload.machine.probe import probe  # loads torch
 
         return probe(device, refresh=refresh)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from wanoffload.facts import ComponentFacts
-from wanoffload.tally import BF16, Sizes, dense, image_bytes
+from wanoffload.facts.model import ComponentFacts
+from wanoffload.facts.tally import BF16, Sizes, dense, image_bytes
 
 UMT5_DEFAULTS: dict[str, Any] = {
     "vocab_size": 250112,

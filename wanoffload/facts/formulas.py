@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from wanoffload.facts import ComponentFacts, DitFacts
-from wanoffload.formulas_animate import animate_facts
-from wanoffload.formulas_encoders import clip_vision_facts, qwen_vl_facts, umt5_facts
-from wanoffload.formulas_qwen import qwen_facts
-from wanoffload.formulas_vace import vace_facts
-from wanoffload.formulas_vae import qwen_vae_facts, wan_vae_facts
-from wanoffload.formulas_wan import wan_facts
+from wanoffload.facts.formulas_animate import animate_facts
+from wanoffload.facts.formulas_encoders import clip_vision_facts, qwen_vl_facts, umt5_facts
+from wanoffload.facts.formulas_qwen import qwen_facts
+from wanoffload.facts.formulas_vace import vace_facts
+from wanoffload.facts.formulas_vae import qwen_vae_facts, wan_vae_facts
+from wanoffload.facts.formulas_wan import wan_facts
+from wanoffload.facts.model import ComponentFacts, DitFacts
 
 Config = Mapping[str, Any]
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from wanoffload import hooks
-from wanoffload.acting import Enabled
 from wanoffload.errors import PipelineError
+from wanoffload.pipelines.acting import Enabled
 from wanoffload.workload import Workload
 
 _REFUSED = (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wanoffload import cost, rules
-from wanoffload.choices import AUXILIARY, DIT, Choices, blocks_ahead
-from wanoffload.cost import RESIDENT, STREAM, WHOLE, Around, Candidate, Placement
-from wanoffload.facts import ModelFacts
-from wanoffload.hardware import Hardware
-from wanoffload.rules import Decision
+from wanoffload.facts.model import ModelFacts
+from wanoffload.machine.hardware import Hardware
+from wanoffload.policy import cost, rules
+from wanoffload.policy.choices import AUXILIARY, DIT, Choices, blocks_ahead
+from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Around, Candidate, Placement
+from wanoffload.policy.rules import Decision
 from wanoffload.sizes import gb
 from wanoffload.workload import Workload
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from wanoffload.cost import RESIDENT, STREAM, WHOLE, Placement
+from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Placement
 from wanoffload.sizes import gb
 
 if TYPE_CHECKING:
-    from wanoffload.compare import Considered
-    from wanoffload.policy import Plan
+    from wanoffload.policy.compare import Considered
+    from wanoffload.policy.planning import Plan
 
 CHOICES = (
     "dit_layerwise_offload",

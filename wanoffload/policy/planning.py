@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from wanoffload import compare, cost, rules
-from wanoffload.choices import Choices, check_mode
-from wanoffload.compare import EQUAL, Considered, Problem, seconds
-from wanoffload.cost import STREAM, WHOLE, Candidate
-from wanoffload.facts import ModelFacts
-from wanoffload.hardware import Hardware
-from wanoffload.look import look
+from wanoffload.facts.look import look
+from wanoffload.facts.model import ModelFacts
+from wanoffload.machine.hardware import Hardware
+from wanoffload.policy import compare, cost, rules
+from wanoffload.policy.choices import Choices, check_mode
+from wanoffload.policy.compare import EQUAL, Considered, Problem, seconds
+from wanoffload.policy.cost import STREAM, WHOLE, Candidate
 from wanoffload.sizes import gb
 from wanoffload.workload import Workload
 
@@ -59,13 +59,13 @@ class Plan:
 
     def explain(self) -> str:
         """The plan in plain text: what was decided, by which rule, and what was compared."""
-        from wanoffload import explain
+        from wanoffload.policy import explain
 
         return explain.text(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The same as a dictionary of values that JSON can hold."""
-        from wanoffload import explain
+        from wanoffload.policy import explain
 
         return explain.as_dict(self)
 

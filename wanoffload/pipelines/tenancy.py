@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from wanoffload import hooks
-from wanoffload.parking import Parked
+from wanoffload.pipelines.parking import Parked
 from wanoffload.runtime import Offloader
 
 HF_HOOK = "_hf_hook"
@@ -129,7 +129,7 @@ def install(module: nn.Module, hook: ComponentHook) -> None:
     """Puts the hook in the way of a component's forward. Copies of the module lose it."""
     module.__dict__[HF_HOOK] = hook
     module.__dict__["__reduce_ex__"] = functools.partial(_reduce, module)
-    hooks._hook_forward(module, _component_forward)
+    hooks.hook_forward(module, _component_forward)
 
 
 def installed(module: nn.Module) -> bool:
@@ -139,20 +139,20 @@ def installed(module: nn.Module) -> bool:
 
 def uninstall(module: nn.Module) -> None:
     """Takes out what was installed; hooks of others stay."""
-    hooks._unhook_forward(module)
+    hooks.unhook_forward(module)
     if installed(module):
         del module.__dict__[HF_HOOK]
     module.__dict__.pop("__reduce_ex__", None)
 
 
-@hooks._ours
+@hooks.ours
 def _component_forward(module: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
     hook = module.__dict__.get(HF_HOOK)
     if not isinstance(hook, ComponentHook):
-        return hooks._call_inner(module, inner, args, kwargs)
+        return hooks.call_inner(module, inner, args, kwargs)
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
     try:
-        output = hooks._call_inner(module, inner, args, kwargs)
+        output = hooks.call_inner(module, inner, args, kwargs)
     finally:
         hook.post_forward(module, None)
     return output

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wanoffload.tally import BF16, FP32, Sizes, dense
+from wanoffload.facts.tally import BF16, FP32, Sizes, dense
 
 TEXT_TOKENS = 512
 """Wan's pipelines pad or cut the prompt to this length."""

@@ -1,6 +1,6 @@
 """What is known of a model before anything is loaded: bytes, work for each token, its kind.
 
-Plain values. `wanoffload.look` finds them, in a pipeline, in a folder, or in a table of published
+Plain values. `look` finds them, in a pipeline, in a folder, or in a table of published
 models; by hand, `ModelFacts(...)` or `dataclasses.replace(facts, dmd_denoising_steps=(1000, 757))`.
 """
 

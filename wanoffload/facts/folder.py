@@ -1,7 +1,7 @@
 """A pipeline in a local folder, in the hub's layout: configs, and weights where they are there.
 
 Of weights only the headers are read. Bytes are those after a load in bf16, with what the class
-keeps in fp32 (see `wanoffload.formulas`), whatever the checkpoint was saved in; tensors of other
+keeps in fp32 (see `formulas`), whatever the checkpoint was saved in; tensors of other
 classes, and dtypes other than floating point of 2 bytes and more, count as they are stored.
 """
 
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wanoffload.facts import ComponentFacts
-from wanoffload.parts import Part, Parts, is_relevant
-from wanoffload.tally import BF16, FP32, image_bytes
+from wanoffload.facts.model import ComponentFacts
+from wanoffload.facts.parts import Part, Parts, is_relevant
+from wanoffload.facts.tally import BF16, FP32, image_bytes
 
 _STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4}
 _STORED |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}

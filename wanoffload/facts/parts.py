@@ -6,9 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wanoffload.facts import MOVA, OTHER, QWEN_IMAGE, WAN, ComponentFacts, DitFacts, ModelFacts
-from wanoffload.formulas import TI2V_5B_CHANNELS, class_name, component_facts, dit_facts, knows_dit
-from wanoffload.formulas_animate import SEGMENT_FRAMES
+from wanoffload.facts.formulas import (
+    TI2V_5B_CHANNELS,
+    class_name,
+    component_facts,
+    dit_facts,
+    knows_dit,
+)
+from wanoffload.facts.formulas_animate import SEGMENT_FRAMES
+from wanoffload.facts.model import (
+    MOVA,
+    OTHER,
+    QWEN_IMAGE,
+    WAN,
+    ComponentFacts,
+    DitFacts,
+    ModelFacts,
+)
 
 Config = Mapping[str, Any]
 

@@ -6,16 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from wanoffload.facts import ModelFacts
-from wanoffload.parts import Part, Parts, is_relevant, model_facts
-from wanoffload.published import published
+from wanoffload.facts.model import ModelFacts
+from wanoffload.facts.parts import Part, Parts, is_relevant, model_facts
+from wanoffload.facts.published import published
 
 
 def look(model: Any) -> ModelFacts:
     """The facts of a model.
 
     `model`: a diffusers pipeline; a transformer; a folder in the hub's layout, with or without
-    weights; the id of a published repository (`wanoffload.published`); or ModelFacts, which are
+    weights; the id of a published repository (`published`); or ModelFacts, which are
     returned as they are. Folders and ids are looked at without importing torch. Raises ValueError,
     which says what was wrong.
     """
@@ -24,11 +24,11 @@ def look(model: Any) -> ModelFacts:
     if isinstance(model, str | os.PathLike):
         return model_facts(_by_name(os.fspath(model)))
     if hasattr(model, "components"):
-        from wanoffload.modules import look_at_pipeline
+        from wanoffload.facts.modules import look_at_pipeline
 
         return model_facts(look_at_pipeline(model))
     if hasattr(model, "named_parameters"):
-        from wanoffload.modules import look_at_transformer
+        from wanoffload.facts.modules import look_at_transformer
 
         return model_facts(look_at_transformer(model))
     raise ValueError(
@@ -40,7 +40,7 @@ def look(model: Any) -> ModelFacts:
 def _by_name(name: str) -> Parts:
     folder = Path(name).expanduser()
     if folder.is_dir():
-        from wanoffload.folder import look_at_folder
+        from wanoffload.facts.folder import look_at_folder
 
         return look_at_folder(folder)
     if folder.exists():

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from wanoffload.facts import ComponentFacts, DitFacts, ModelFacts
-from wanoffload.hardware import RATES, Hardware
+from wanoffload.facts.model import ComponentFacts, DitFacts, ModelFacts
+from wanoffload.machine.hardware import RATES, Hardware
 from wanoffload.workload import Workload
 
 RESIDENT = "resident"

@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from wanoffload.facts import ComponentFacts
-from wanoffload.tally import BF16, FP32
+from wanoffload.facts.model import ComponentFacts
+from wanoffload.facts.tally import BF16, FP32
 
 DEFAULTS: dict[str, Any] = {
     "base_dim": 96,

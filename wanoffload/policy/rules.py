@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from wanoffload.choices import AUXILIARY, DIT, Choices, blocks_ahead
-from wanoffload.facts import WAN, ModelFacts
+from wanoffload.facts.model import WAN, ModelFacts
+from wanoffload.policy.choices import AUXILIARY, DIT, Choices, blocks_ahead
 
 DEFAULT_PREFETCH = 2
 SUPPORTED_PLATFORMS = ("cuda",)

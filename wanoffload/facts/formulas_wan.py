@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from wanoffload.facts import DitFacts
-from wanoffload.tally import BF16, FP32, Sizes, Tally, coefficients, image_bytes
-from wanoffload.wan_forward import block, embed, head
-from wanoffload.wan_shape import TEXT_TOKENS, WanShape, block_sizes, outer_sizes, shape_of
+from wanoffload.facts.model import DitFacts
+from wanoffload.facts.tally import BF16, FP32, Sizes, Tally, coefficients, image_bytes
+from wanoffload.facts.wan_forward import block, embed, head
+from wanoffload.facts.wan_shape import TEXT_TOKENS, WanShape, block_sizes, outer_sizes, shape_of
 
 CUBLAS_WORKSPACE_BYTES = 32 * 2**20
 """Torch takes this from its allocator for cuBLAS, on Hopper GPUs; elsewhere 8 MiB."""

@@ -11,18 +11,18 @@ from torch import nn
 from tqdm import tqdm
 
 from wanoffload import hooks
-from wanoffload.choices import DIT
-from wanoffload.components import Component, Treatment, role, treatment
-from wanoffload.cost import HOST_RESERVE_BYTES
 from wanoffload.errors import DeviceMemoryError, HostMemoryError, PipelineError
-from wanoffload.hardware import Hardware
 from wanoffload.host_tensor import ordinary_tensors
-from wanoffload.tenancy import Floor
+from wanoffload.machine.hardware import Hardware
+from wanoffload.pipelines.components import Component, Treatment, role, treatment
+from wanoffload.pipelines.tenancy import Floor
+from wanoffload.policy.choices import DIT
+from wanoffload.policy.cost import HOST_RESERVE_BYTES
 from wanoffload.workload import Workload
 from wanoffload.wrapping import resolve_device
 
 if TYPE_CHECKING:
-    from wanoffload.policy import Plan
+    from wanoffload.policy.planning import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def decide(
     choices: Mapping[str, Any],
 ) -> Plan:
     """`wanoffload.plan`, which is loaded when it is needed."""
-    from wanoffload.policy import plan
+    from wanoffload.policy.planning import plan
 
     return plan(model, workload, hardware, mode=mode, **choices)
 

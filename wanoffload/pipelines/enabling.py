@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from wanoffload import hooks, host_memory
-from wanoffload.acting import Enabled
-from wanoffload.enabled_class import enabled_class, ordinary_class, state
 from wanoffload.errors import PipelineError
-from wanoffload.facts import ModelFacts
-from wanoffload.hardware import Hardware
+from wanoffload.facts.model import ModelFacts
+from wanoffload.machine.hardware import Hardware
+from wanoffload.pipelines.acting import Enabled
+from wanoffload.pipelines.enabled_class import enabled_class, ordinary_class, state
 from wanoffload.units import foreign_hook
 from wanoffload.workload import Workload
 
 if TYPE_CHECKING:
-    from wanoffload.policy import Plan
+    from wanoffload.policy.planning import Plan
 
 DIT_NAME = "transformer"
 ALONE = "_wanoffload_enabled"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
-from wanoffload.hardware import RATES, Hardware
+from wanoffload.machine.hardware import RATES, Hardware
 
 logger = logging.getLogger(__name__)
 

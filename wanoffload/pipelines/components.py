@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wanoffload import cost, hooks, tenancy, wrapping
-from wanoffload.choices import DIT
+from wanoffload import hooks, wrapping
 from wanoffload.host_tensor import HostTensor, ordinary_tensors
-from wanoffload.parking import Parked
+from wanoffload.pipelines import tenancy
+from wanoffload.pipelines.parking import Parked
+from wanoffload.pipelines.tenancy import ComponentHook, Floor, StreamedTenant
+from wanoffload.policy import cost
+from wanoffload.policy.choices import DIT
 from wanoffload.runtime import Offloader
-from wanoffload.tenancy import ComponentHook, Floor, StreamedTenant
 from wanoffload.units import check_wrappable
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Acting: a plan, put into effect over the components of a pipeline."""
