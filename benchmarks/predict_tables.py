@@ -74,12 +74,8 @@ def _measured_peak(each: Predicted) -> str:
 
 
 def _reserved(each: Predicted) -> str:
-    """Beside it, whether the memory without which a plan does not count as fitting is enough."""
-    if not each.reserved:
-        return ""
-    need = each.candidate.device_need_bytes
-    verdict = "kept" if each.reserved <= need else "**exceeded**"
-    return f"{gigabytes(each.reserved)} of {gigabytes(need)}, {verdict}"
+    """What torch's allocator took; it gives back what it does not use when memory runs short."""
+    return gigabytes(each.reserved) if each.reserved else ""
 
 
 def _milliseconds(value: float | None) -> str:
@@ -102,7 +98,7 @@ PREDICTIONS: list[Column[Predicted]] = [
     ("peak predicted, GB", lambda each: gigabytes(each.candidate.device_peak_bytes)),
     ("measured", _measured_peak),
     ("ratio", lambda each: _judged(each.peak_ratio, PEAK_TOLERANCE)),
-    ("reserved of needed, GB", _reserved),
+    ("reserved, GB", _reserved),
     ("fits", lambda each: yes(each.fits)),
     ("equal", lambda each: yes(each.row.verified)),
 ]

@@ -105,7 +105,7 @@ def test_one_block_ahead_costs_more_than_two_only_where_both_take_the_same_time(
         return float(one.step_seconds / two.step_seconds - 1)
 
     near = replace(MEDIUM, frames=13)  # 6,240 tokens, 0.624 s
-    assert loss(near) > 0.005 > loss(LARGE) > 0
+    assert loss(near) > 0.003 > loss(LARGE) > 0
 
 
 def test_fetching_when_needed_adds_the_copies_to_the_compute() -> None:
@@ -180,7 +180,7 @@ def test_what_is_streamed_or_parked_is_locked_once() -> None:
     [
         (MEDIUM, "141GiB", Placement(RESIDENT)),
         (MEDIUM, "80GiB", Placement(RESIDENT)),
-        (MEDIUM, "48GiB", Placement(STREAM, 2)),
+        (MEDIUM, "48GiB", Placement(STREAM, 1)),
         (SMALL, "48GiB", Placement(WHOLE)),
         (SMALL, "24GiB", Placement(STREAM, 1)),
         (LARGE, "141GiB", Placement(STREAM, 1)),

@@ -26,9 +26,9 @@ HOST_RESERVE_BYTES = 1 << 30
 """Host memory left to the process itself."""
 LOCK_GB_PER_S = 9.0
 """Moving weights into page-locked images: 28.1 GB took 3.2 s."""
-CONTENTION = {1: 0.018}
+CONTENTION = {1: 0.015}
 """What copies cost compute when both take the same time, for each prefetch; see `_streamed`."""
-CONTENTION_DEEPER = 0.009
+CONTENTION_DEEPER = 0.011
 LAUNCH_FACTOR = 1.7
 """Host time of an operation inside a diffusers model, in launches of a bare one: 1.6 and 1.95 were
 measured on two machines of one kind. Only small models on fast cards wait for it."""
@@ -308,7 +308,8 @@ def _streamed(compute: float, copy: float, prefetch: int) -> float:
     """The slower of compute and copies, and a little for how they get in each other's way.
 
     They share memory and power, and with one block ahead a late block is waited for. It shows where
-    both take the same time: 1.8 % with one block ahead, 0.9 % with more.
+    both take the same time: 1.5 % with one block ahead, 1.1 % with more, as does a resident model
+    beside copies that nobody needs.
     """
     if prefetch == 0:
         return compute + copy
