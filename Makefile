@@ -1,7 +1,8 @@
 # make demo     sets up, makes a small Wan2.2-style checkpoint, generates a video offloaded and
 #               resident, and compares them bit for bit. MODEL=path-or-hub-id, PROMPT=... for real
 #               weights; DEMO_ARGS="--steps 20" and the like are passed on.
-# make test     sets up and runs all tests.
+# make test     sets up and runs all tests, as many at once as there are cores (PARALLEL= for one
+#               at a time; with SETUP=0 ask for it: PARALLEL="-n auto").
 # make check    format, lint, types, the extension's stub.
 # make stress   C++ stress tests under the address, undefined-behaviour and thread sanitizers.
 # make sdist    builds an sdist, installs it elsewhere, and runs a model with it.
@@ -22,6 +23,7 @@ ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 ifeq ($(SETUP),1)
   PY := .venv/bin/python
   READY := .venv/.ready
+  PARALLEL ?= -n auto
 else
   PY := $(PYTHON)
   READY := inplace
@@ -36,7 +38,7 @@ demo: $(READY)
 	$(PY) -m demo $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$(PROMPT)") $(DEMO_ARGS)
 
 test: $(READY)
-	$(PY) -m pytest $(TEST_ARGS)
+	$(PY) -m pytest $(PARALLEL) $(TEST_ARGS)
 
 check: $(READY)
 	$(PY) -m ruff format --check $(PYTHON_FILES)
