@@ -86,7 +86,7 @@ def test_a_forward_computes_with_the_copy_on_the_device(layer: Layer, device: st
     assert [id(t) for t in (*layer.parameters(), *layer.buffers())] == objects
     # The device's copy of all was one copy; what it held is let go.
     assert parked.bytes_brought == sum(i.layout.nbytes for i in parked._images)
-    assert not parked._memory
+    assert not parked._brought
 
 
 def test_parked_weights_are_page_locked_exactly_once(layer: Layer) -> None:
@@ -136,6 +136,14 @@ def _data(layer: Layer) -> None:
     layer.turned.data = layer.turned.data * 2
 
 
+def _data_in_place(layer: Layer) -> None:
+    layer.embedding.weight.data += 1  # as PEFT merges an adapter
+
+
+def _data_of_one_word(layer: Layer) -> None:
+    layer.scale.data[1] = 5.0
+
+
 def _shortened(layer: Layer) -> None:
     layer.scale.data = layer.scale.data[:1]  # the same address, another tensor
 
@@ -172,7 +180,18 @@ def _added(layer: Layer) -> None:
     layer.head = Adapter(layer.head)
 
 
-WRITES = [_in_place, _data, _shortened, _replaced, _loaded, _assigned, _buffer, _added]
+WRITES = [
+    _in_place,
+    _data,
+    _data_in_place,
+    _data_of_one_word,
+    _shortened,
+    _replaced,
+    _loaded,
+    _assigned,
+    _buffer,
+    _added,
+]
 
 
 @pytest.mark.usefixtures("poisoned_homes")
@@ -213,6 +232,23 @@ def test_what_is_written_in_use_goes_home(write, inference: bool, layer: Layer) 
     assert torch.equal(layer(IDS), expected)
 
 
+def test_a_device_too_full_to_look_for_writes_takes_everything_home(
+    layer: Layer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = Layer()
+    _data_in_place(twin)
+    parked = park(layer)
+    parked.bring_in()
+    _data_in_place(layer)
+
+    def full(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(parking.Brought, "sums", full)
+    parked.send_home()
+    assert torch.equal(layer(IDS), twin(IDS))
+
+
 def test_no_room_on_the_device_leaves_everything_at_home(
     layer: Layer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +261,7 @@ def test_no_room_on_the_device_leaves_everything_at_home(
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty_like", full)
+        patch.setattr(Parked, "_copy_alone", full)
         with pytest.raises(torch.OutOfMemoryError):
             parked.bring_in()
     assert not parked.in_use

@@ -37,6 +37,37 @@ class ParkedImage:
         return torch.frombuffer(memoryview(self.memory), dtype=torch.uint8)
 
 
+class Brought:
+    """A run of bytes on the device, and sums by which a write to it shows later.
+
+    Word i counts in sum i % LANES. A tensor of up to 256 bytes shows any change; a larger one, any
+    but those that leave all sums as they are, as an exchange of two rows may.
+    """
+
+    LANES = image.ALIGNMENT // 8
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.before: Tensor | None = None  # the sums, once the bytes are there
+
+    def sums(self) -> Tensor:
+        words = self.memory.view(torch.int64)
+        return words.view(words.numel() // self.LANES, self.LANES).sum(0)
+
+
+def _written(brought: list[Brought]) -> set[int]:
+    """Addresses of the memory whose bytes are others now. Waits for what the stream does there."""
+    known = [(b, b.before) for b in brought if b.before is not None]
+    changed = [True] * len(known)
+    if known:
+        try:
+            before, now = [sums for _, sums in known], [b.sums() for b, _ in known]
+            changed = (torch.stack(before) != torch.stack(now)).any(1).tolist()
+        except torch.OutOfMemoryError:
+            pass  # all is taken home, which is right in any case
+    return {b.memory.data_ptr() for (b, _), is_so in zip(known, changed, strict=True) if is_so}
+
+
 @dataclass(frozen=True)
 class Away:
     """A tensor of the module whose bytes stand on the device now."""
@@ -49,16 +80,18 @@ class Away:
     def replaced(self) -> bool:
         return not _same_memory(self.tensor, self.copy)
 
-    def written(self) -> bool:
-        return self.tensor._version != self.version
+    def written(self, memory: set[int]) -> bool:
+        """`memory`: addresses of what was found written, as by `.data`, which does not count."""
+        storage = self.copy.untyped_storage().data_ptr()
+        return self.tensor._version != self.version or storage in memory
 
 
 class Parked:
     """The weights and buffers of a module, at home on the host: all but those that are streamed.
 
     Between uses the module's tensors are host tensors, true and writable. In use they are on the
-    device. What is written to them there by operations of torch is taken home; a write through
-    `.data`, which torch does not count, is not. Used by one thread at a time.
+    device. What is written to them there is taken home, also if it was written through `.data`,
+    which torch does not count: see `Brought`. Used by one thread at a time.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -68,7 +101,7 @@ class Parked:
         self._images: list[ParkedImage] = []
         self._places: dict[int, tuple[int, int]] = {}  # address of a home: its image, its number
         self._away: list[Away] = []
-        self._memory: list[Tensor] = []  # on the device
+        self._brought: list[Brought] = []
         self._stream: torch.cuda.Stream | None = None  # where the copies were enqueued
         self._arrived: torch.cuda.Event | None = None
 
@@ -143,13 +176,13 @@ class Parked:
     def _bring_in(self) -> None:
         assert not self._away
         copies: dict[object, Tensor] = {}
-        brought: dict[int, Tensor] = {}  # number of an image: its bytes on the device
+        images: dict[int, Tensor] = {}  # number of an image: its bytes on the device
         for tensor in self.tensors():
             if tensor.device.type != "cpu":
                 continue  # somebody put it there
             kin = tie_key(tensor)
             if kin not in copies:
-                copies[kin] = self._copy(tensor, brought)
+                copies[kin] = self._copy(tensor, images)
             home = tensor.data
             tensor.data = copies[kin]
             self._away.append(Away(tensor, home, copies[kin], tensor._version))
@@ -157,27 +190,34 @@ class Parked:
             self._stream = torch.cuda.current_stream(self.device)
             self._arrived = self._stream.record_event()
 
-    def _copy(self, tensor: Tensor, brought: dict[int, Tensor]) -> Tensor:
+    def _copy(self, tensor: Tensor, images: dict[int, Tensor]) -> Tensor:
         """The tensor on the device: a view of its image there, or, if it has none, a copy alone."""
         number, which = self._places.get(tensor.data_ptr(), (-1, -1))
         if number < 0 or not _same_memory(tensor, self._images[number].homes[which]):
-            alone = torch.empty_like(tensor, device=self.device, requires_grad=False)
-            self._memory.append(alone)
-            self.bytes_brought += alone.nbytes
-            return alone.copy_(tensor.data)
+            return self._copy_alone(tensor)
         parked = self._images[number]
-        if number not in brought:
-            brought[number] = self._copy_image(parked)
-        return image.device_view(parked.layout.specs[which], brought[number], image.ALIGNMENT)
+        if number not in images:
+            images[number] = self._memory_for(parked.layout)
+            images[number][image.ALIGNMENT :].copy_(parked.bytes(), non_blocking=True)
+            self._note_sums()
+        return image.device_view(parked.layout.specs[which], images[number], image.ALIGNMENT)
 
-    def _copy_image(self, parked: ParkedImage) -> Tensor:
+    def _copy_alone(self, tensor: Tensor) -> Tensor:
+        layout = image.lay_out([("alone", tensor)])
+        memory = self._memory_for(layout)
+        copy = image.device_view(layout.specs[0], memory, image.ALIGNMENT).copy_(tensor.data)
+        self._note_sums()
+        return copy
+
+    def _memory_for(self, layout: image.ImageLayout) -> Tensor:
         # Nothing starts at 0: the compiler treats such views apart, see SlotMemory.
-        nbytes = image.ALIGNMENT + parked.layout.nbytes
-        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self._memory.append(memory)
-        memory[image.ALIGNMENT :].copy_(parked.bytes(), non_blocking=True)
-        self.bytes_brought += parked.layout.nbytes
-        return memory
+        nbytes = image.ALIGNMENT + layout.nbytes
+        self._brought.append(Brought(torch.empty(nbytes, dtype=torch.uint8, device=self.device)))
+        self.bytes_brought += layout.nbytes
+        return self._brought[-1].memory
+
+    def _note_sums(self) -> None:
+        self._brought[-1].before = self._brought[-1].sums()
 
     def use_here(self) -> None:
         """The current stream reads what was brought, maybe on another one."""
@@ -186,32 +226,33 @@ class Parked:
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream:
             stream.wait_event(self._arrived)
-            for memory in self._memory:
-                memory.record_stream(stream)
+            for brought in self._brought:
+                brought.memory.record_stream(stream)
 
     def send_home(self) -> None:
         """The tensors stand on the host, the device's memory is free. Idempotent.
 
-        Waits on the host for the copies to the device, whose source may be written to from here on;
-        not for what reads them there.
+        Waits on the host for the copies to the device, whose source may be written to from here on,
+        and for what the current stream does with them there.
         """
         with ordinary_tensors():
-            if self._memory and self.device.type == "cuda":
+            if self._brought and self.device.type == "cuda":
                 (self._arrived or torch.cuda.current_stream(self.device)).synchronize()
+            written = _written(self._brought)
             while self._away:
-                self._send_home(self._away[-1])
+                self._send_home(self._away[-1], written)
                 self._away.pop()
             for tensor in self.tensors():
                 if tensor.device.type != "cpu":
                     tensor.data = tensor.data.to("cpu")
-            self._memory.clear()
+            self._brought.clear()
             self._stream = self._arrived = None
 
     @staticmethod
-    def _send_home(away: Away) -> None:
+    def _send_home(away: Away, written: set[int]) -> None:
         if away.replaced():
             return  # its new value goes the way of all that somebody put on the device
-        if away.written():
+        if away.written(written):
             away.home.copy_(away.tensor.data)
         away.tensor.data = away.home
 
