@@ -57,7 +57,7 @@ def test_nothing_given_is_nothing_known_and_nothing_chosen(planned: Recorded) ->
 
 def test_size_is_width_by_height(planned: Recorded) -> None:
     run("--size", "832x480", "--frames", "81")
-    assert planned.workload == Workload(480, 832, 81, 40, 5.0)
+    assert planned.workload == Workload(480, 832, 81)
     run("--size", "832x480", "--frames", "81", "--steps", "4", "--guidance", "1")
     assert planned.workload == Workload(480, 832, 81, 4, 1.0)
 

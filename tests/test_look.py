@@ -143,11 +143,27 @@ def test_an_unknown_id_is_told_which_are_known_and_that_a_folder_works() -> None
         look("Wan-AI/Wan9")
 
 
+@pytest.mark.parametrize("name", ["Wan-AI/Wan2.2-T2V-A14B", "wan2.2-t2v-a14b-diffusers"])
+def test_a_name_close_to_a_published_id_is_told_that_id(name: str) -> None:
+    with pytest.raises(ValueError, match=r"did you mean Wan-AI/Wan2\.2-T2V-A14B-Diffusers\?"):
+        look(name)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="the name is empty"):
+        look(name)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "tokens"),
     [
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", (480, 832, 81), 32760),
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", (480, 832, 1), 1560),
+        # The pipeline makes 81 frames of 80 to 83, and 17 of 19.
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", (480, 832, 80), 32760),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", (480, 832, 83), 32760),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", (480, 832, 19), 7800),
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", (704, 1280, 121), 27280),
         ("Qwen/Qwen-Image", (1024, 1024, 1), 4096),
         ("Qwen/Qwen-Image-Edit-2509", (1024, 1024, 1), 8192),
@@ -272,7 +288,10 @@ def test_the_family_is_that_of_the_pipeline_and_not_of_its_parts() -> None:
     class SomeonesPipeline(WanPipeline):
         pass
 
-    assert look(wan_pipeline(SomeonesPipeline, transformer=dit)).family == OTHER
+    facts = look(wan_pipeline(SomeonesPipeline, transformer=dit, transformer_2=dit))
+    assert (facts.family, facts.a14b) == (WAN, True)
+    stranger = wan_pipeline(QwenImagePipeline, transformer=dit, vae=None)
+    assert look(stranger).family == QWEN_IMAGE
 
 
 def test_animate_and_qwen_pipelines_are_looked_at_too() -> None:

@@ -14,6 +14,7 @@ from wanoffload.policy import cost
 from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Around, Placement
 from wanoffload.policy.explain import taken
 from wanoffload.policy.planning import Plan, plan
+from wanoffload.sizes import gb
 from wanoffload.workload import Workload
 
 GB = 10**9
@@ -214,7 +215,7 @@ def test_a_wan_model_that_no_rule_turns_on_is_streamed_where_that_costs_nothing(
 
 
 @pytest.mark.parametrize("family", [QWEN_IMAGE, MOVA])
-def test_other_families_are_streamed_only_when_nothing_else_fits(family: str) -> None:
+def test_other_families_are_streamed_only_when_what_the_rules_say_does_not_fit(family: str) -> None:
     facts = replace(WAN_14B, family=family)
     _, roomy = decided(facts, LARGE, card("80GiB"))
     assert roomy.kind != STREAM
@@ -223,10 +224,24 @@ def test_other_families_are_streamed_only_when_nothing_else_fits(family: str) ->
     assert "does not fit" in made.reasons["dit_layerwise_offload"]
 
 
-def test_a_distilled_variant_is_streamed_only_when_nothing_else_fits() -> None:
+def test_a_distilled_variant_is_streamed_only_when_what_the_rules_say_does_not_fit() -> None:
     facts = replace(WAN_14B, dmd_denoising_steps=(1000, 500))
     assert decided(facts, LARGE, card("80GiB"))[1].kind != STREAM
     assert decided(facts, LARGE, card("24GiB"))[1].kind == STREAM
+
+
+def test_a_dit_of_another_family_that_does_not_fit_is_run_in_the_fastest_way() -> None:
+    facts = replace(WAN_14B, family=QWEN_IMAGE)
+    few_steps = replace(LARGE, steps=2)
+    card_for_whole = card("36GB")  # during decoding the resident DiT has too little room
+    made, found = decided(facts, few_steps, card_for_whole)
+    verdicts = {str(c.candidate.placement): c.obstacle for c in made.considered}
+    assert verdicts["resident"] is not None
+    assert verdicts["whole, to the device and back"] is None
+    assert found.kind == STREAM
+    chosen, found = decided(facts, few_steps, card_for_whole, dit_cpu_offload=True)
+    assert found == Placement(WHOLE)
+    assert "fits, but rule 1 rules it out" in chosen.explain()
 
 
 def test_a_dit_whose_weights_alone_do_not_fit_is_streamed_without_a_workload() -> None:
@@ -350,13 +365,57 @@ def test_too_little_host_memory_is_said_with_both_numbers() -> None:
     assert found.kind == STREAM
     assert "68.10 GB of host memory" in made.messages[-1]
     assert "32.00 GB" in made.messages[-1]
-    assert "pageable" in made.messages[-1]
+    assert "69.17 GB with the reserve" in made.messages[-1]
 
 
 def test_a_plan_that_locks_less_is_taken_where_the_host_has_too_little() -> None:
     made, found = decided(A14B, LARGE, card("141GiB", host="32GB"))
     assert found == Placement(RESIDENT)
     assert "locks" in made.reasons["dit_layerwise_offload"]
+
+
+def test_what_is_too_little_for_the_host_is_said_with_the_choice_that_fits() -> None:
+    made, _ = decided(A14B, LARGE, card("24GiB", host="64GB"))
+    assert not made.fits
+    (advice,) = (part for part in made.messages[-1].split(". ") if part.startswith("What fits"))
+    assert "text_encoder_cpu_offload=False" in advice
+    helped, _ = decided(A14B, LARGE, card("24GiB", host="64GB"), text_encoder_cpu_offload=False)
+    assert helped.fits
+    assert f"locks {gb(helped.host_locked_bytes or 0)} of host memory" in advice
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"mode": "speed"}, "What fits: mode='auto', which needs"),
+        ({"dit_layerwise_offload": False}, "What fits: leaving out dit_layerwise_offload, which"),
+        (
+            {"mode": "manual", "dit_layerwise_offload": False},
+            "What fits: mode='auto' and leaving out dit_layerwise_offload, which",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_with_a_change_that_does(
+    given: dict[str, Any], advice: str
+) -> None:
+    made, _ = decided(A14B, LARGE, card("24GiB"), **given)
+    assert not made.fits
+    assert advice in made.messages[-1]
+
+
+def test_what_no_change_makes_fit_is_said_with_what_it_takes() -> None:
+    made, _ = decided(A14B, LARGE, card("6GiB"))
+    assert "Fewer frames or a smaller size help" in made.messages[-1]
+    made, _ = decided(A14B, LARGE, card("1GiB"))
+    assert "Other modes and choices do not fit either" in made.messages[-1]
+    least = min(c.candidate.device_need_bytes for c in made.considered)
+    assert f"needs {gb(least)} of it" in made.messages[-1]
+
+
+def test_what_does_not_fit_is_the_last_message_that_which_enable_raises() -> None:
+    made = plan(A14B, LARGE, Hardware(device_memory="4GiB"))
+    assert made.messages[-1].startswith("nothing that is permitted fits")
+    assert "taken from" in made.messages[0]
 
 
 def test_workspaces_are_predicted_but_not_needed() -> None:
@@ -413,6 +472,74 @@ def test_rates_that_are_assumed_are_named() -> None:
     assert known.messages == ()
 
 
+def test_nothing_is_timed_by_the_rates_of_a_gpu_where_there_is_none() -> None:
+    cpu = Hardware(platform="cpu", host_memory="256GB")
+    for choices in ({}, {"dit_layerwise_offload": True}):
+        made = plan(A14B, LARGE, cpu, **choices)
+        assert made.step_seconds is None
+        assert made.messages == ()
+        assert " s a step" not in made.explain()
+
+
+def test_a_dit_that_its_caller_shards_is_not_judged_and_not_predicted() -> None:
+    for facts, choices in (
+        (replace(A14B, sharded=True), {}),
+        (A14B, {"use_fsdp_inference": True}),
+    ):
+        made = plan(facts, LARGE, card("24GiB"), **choices)
+        assert made.fits
+        assert (made.step_seconds, made.device_peak_bytes) == (None, None)
+        assert made.host_locked_bytes == TEXT_ENCODER.bytes + VAE.bytes
+        assert "stays on the device" not in made.explain()
+        assert "offloaded beside it: text_encoder, vae." in made.explain()
+    assert not plan(A14B, LARGE, card("4GiB"), use_fsdp_inference=True).fits  # the encoder's turn
+
+
+def test_the_text_names_only_components_that_are_there() -> None:
+    assert "offloaded beside it: text_encoder, vae." in plan(A14B).explain()
+    assert "There is no DiT; offloaded" in plan(replace(A14B, dits=())).explain()
+    parked = plan(A14B, mode="manual", vae_cpu_offload=True)
+    assert "offloaded beside it: vae." in parked.explain()
+
+
+def test_without_a_dit_the_other_components_are_predicted() -> None:
+    made = plan(replace(A14B, dits=()), MEDIUM, card("24GiB"))
+    assert made.host_locked_bytes == TEXT_ENCODER.bytes + VAE.bytes
+    assert made.device_peak_bytes is not None
+
+
+def test_what_the_cost_model_puts_in_place_of_resident_leaves_the_choice_against_streaming() -> (
+    None
+):
+    made, found = decided(A14B, LARGE, card("48GiB"), dit_layerwise_offload=False)
+    assert found == Placement(WHOLE)
+    assert made.reasons["dit_layerwise_offload"] == "chosen"
+    assert "resident does not fit" in made.reasons["dit_cpu_offload"]
+
+
+def test_a_chosen_prefetch_that_loses_its_use_to_the_cost_model_is_a_message() -> None:
+    made, found = decided(A14B, SMALL, card("141GiB"), dit_offload_prefetch_size=3)
+    assert found == Placement(RESIDENT)
+    assert "dit_offload_prefetch_size=3 has no effect" in made.messages[-1]
+
+
+def test_reasons_name_what_is_gained() -> None:
+    made, found = decided(A14B, LARGE, card("48GiB"))
+    assert found == Placement(STREAM, 1)
+    reason = made.reasons["dit_offload_prefetch_size"]
+    assert "0.70 GB less for weights than streamed, prefetch 2" in reason
+    # All blocks are in slots: the DiT as a whole saves 256 bytes, and time.
+    tiny = replace(WAN_14B, text_encoder=None, vae=None)
+    made, _ = decided(tiny, SMALL, card("80GiB"), mode="memory", dit_offload_prefetch_size=39)
+    assert "slightly less device memory than" in made.reasons["dit_layerwise_offload"]
+
+
+def test_without_a_workload_what_is_considered_is_weights() -> None:
+    text = plan(A14B, None, card("24GiB")).explain()
+    assert "GB of weights: taken" in text
+    assert "at the peak" not in text
+
+
 def test_every_choice_has_a_reason_and_the_text_has_all_of_them() -> None:
     made = plan(A14B, SMALL, card("48GiB"))
     text = made.explain()
@@ -445,3 +572,15 @@ def test_wrong_arguments_are_errors_that_say_what_is_allowed(
 ) -> None:
     with pytest.raises(ValueError, match=names):
         plan(A14B, **arguments)
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), "25", True])
+def test_a_rate_is_a_finite_number_above_0(rate: Any) -> None:
+    with pytest.raises(ValueError, match=r"Hardware\.link_gb_per_s is a number above 0"):
+        Hardware(link_gb_per_s=rate)
+
+
+@pytest.mark.parametrize("scale", [-1, float("nan"), float("inf"), "5", True])
+def test_a_scale_of_guidance_is_a_finite_number(scale: Any) -> None:
+    with pytest.raises(ValueError, match=r"Workload\.guidance is a number, 0 or more"):
+        Workload(480, 832, 81, guidance=scale)

@@ -45,7 +45,7 @@ _PROBE = (
 _PLAN = (
     "Says how a model will be run, what that takes, and why. Nothing is loaded. Without --probe "
     "and values by hand the machine is unknown, and without --size and --frames the workload: then "
-    "the base rules alone decide."
+    "the base rules decide, as long as the weights fit."
 )
 
 
@@ -69,10 +69,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_workload(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--size", type=_pixels, metavar="WxH", help="width x height: 832x480")
     group.add_argument("--frames", type=int, metavar="N", help="1 for an image")
-    group.add_argument("--steps", type=int, default=40, metavar="N", help="default: %(default)s")
-    group.add_argument(
-        "--guidance", type=float, default=5.0, metavar="SCALE", help="default: %(default)s"
-    )
+    shown, steps, scale = "default: %(default)s", Workload.steps, Workload.guidance
+    group.add_argument("--steps", type=int, default=steps, metavar="N", help=shown)
+    group.add_argument("--guidance", type=float, default=scale, metavar="SCALE", help=shown)
 
 
 def _add_hardware(group: argparse._ArgumentGroup) -> None:

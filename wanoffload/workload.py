@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -24,7 +25,8 @@ class Workload:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Workload.{name} is a whole number, 1 or more, not {value!r}")
         guidance = self.guidance
-        if isinstance(guidance, bool) or not isinstance(guidance, int | float) or guidance < 0:
+        number = not isinstance(guidance, bool) and isinstance(guidance, int | float)
+        if not number or not 0 <= guidance < math.inf:
             raise ValueError(f"Workload.guidance is a number, 0 or more, not {guidance!r}")
 
     @property

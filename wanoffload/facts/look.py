@@ -8,7 +8,7 @@ from typing import Any
 
 from wanoffload.facts.model import ModelFacts
 from wanoffload.facts.parts import Part, Parts, is_relevant, model_facts
-from wanoffload.facts.published import published
+from wanoffload.facts.published import did_you_mean, published
 
 
 def look(model: Any) -> ModelFacts:
@@ -39,6 +39,8 @@ def look(model: Any) -> ModelFacts:
 
 def _by_name(name: str) -> Parts:
     folder = Path(name).expanduser()
+    if not name.strip():
+        raise ValueError("the name is empty: a folder, or the id of a published model, is expected")
     if folder.is_dir():
         from wanoffload.facts.folder import look_at_folder
 
@@ -46,7 +48,7 @@ def _by_name(name: str) -> Parts:
     if folder.exists():
         raise ValueError(f"{folder} is a file; a pipeline's folder is expected")
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise ValueError(f"there is no folder {folder}")
+        raise ValueError(f"there is no folder {name}{did_you_mean(name)}")
     known, entry = published(name)
     components = {name: value for name, value in entry.items() if isinstance(value, dict)}
     settings = {name: value for name, value in entry.items() if name not in components}

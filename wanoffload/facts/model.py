@@ -99,9 +99,10 @@ class ModelFacts:
             raise ValueError(f"family is one of {', '.join(FAMILIES)}, not {self.family!r}")
 
     def tokens(self, workload: Workload) -> int:
-        """Tokens of one forward."""
-        frames = ((self.segment_frames or workload.frames) - 1) // self.temporal_factor + 1
-        frames += self.reference_frames
+        """Tokens of one forward. Frames are rounded as Wan's pipelines round them: 80 become 81."""
+        factor = self.temporal_factor
+        frames = self.segment_frames or workload.frames
+        frames = (frames // factor + 1 if factor > 1 else frames) + self.reference_frames
         side = self.pixels_per_token
         return round(
             frames * (workload.height // side) * (workload.width // side) * self.token_factor

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from wanoffload.errors import WrapError
 from wanoffload.facts.formulas import knows_dit
-from wanoffload.facts.model import ComponentFacts
-from wanoffload.facts.parts import Part, Parts, is_dit, is_relevant
+from wanoffload.facts.model import OTHER, ComponentFacts
+from wanoffload.facts.parts import Part, Parts, family, is_dit, is_relevant
 from wanoffload.facts.tally import image_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def look_at_pipeline(pipe: Any) -> Parts:
     dits = [component for name, component in present.items() if is_dit(name)]
     return Parts(
         name=str(getattr(pipe, "name_or_path", "") or type(pipe).__name__),
-        pipeline=_class_name(pipe),
+        pipeline=_pipeline_name(pipe),
         config=_config(pipe),
         parts={name: _part(name, component) for name, component in present.items()},
         # cache-dit marks the pipeline's class too, which then holds for others of that class.
@@ -54,6 +54,12 @@ def _class_name(thing: Any) -> str:
     """The class's name; of a subclass of a transformer that the formulas know, that one's."""
     names = [kind.__name__ for kind in type(thing).__mro__]
     return next((name for name in names if knows_dit(name)), names[0])
+
+
+def _pipeline_name(pipe: Any) -> str:
+    """The class's name; of a subclass of a pipeline whose family is known, that one's."""
+    names = [kind.__name__ for kind in type(pipe).__mro__]
+    return next((name for name in names if family(name) != OTHER), names[0])
 
 
 def _config(thing: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def model_facts(seen: Parts) -> ModelFacts:
     animated = seen.pipeline.startswith("WanAnimate")
     return ModelFacts(
         name=seen.name,
-        family=_family(seen.pipeline),
+        family=family(seen.pipeline),
         a14b=_a14b(seen),
         dmd_denoising_steps=_dmd_denoising_steps(seen),
         cache_dit=seen.cache_dit,
@@ -91,8 +91,8 @@ def model_facts(seen: Parts) -> ModelFacts:
     )
 
 
-def _family(pipeline: str) -> str:
-    """Of the pipeline's class, not of its parts; of a bare transformer, by its own class."""
+def family(pipeline: str) -> str:
+    """By the name of the pipeline's class, not of its parts; of a bare transformer, of its own."""
     if pipeline in WAN_PIPELINES or (knows_dit(pipeline) and pipeline.startswith("Wan")):
         return WAN
     if pipeline.startswith("MOVA"):

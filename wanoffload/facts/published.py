@@ -5,6 +5,7 @@ Of each config only the fields that the formulas read; what is left out is the c
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,6 +118,15 @@ def published(name: str) -> tuple[str, Config]:
         if known.lower() == name.lower():
             return known, entry
     raise ValueError(
-        f"{name!r} is neither a folder nor one of the published models known here: "
-        f"{', '.join(PUBLISHED)}. A local folder in the hub's layout works for any model."
+        f"{name!r} is neither a folder nor one of the published models known here"
+        f"{did_you_mean(name)}: {', '.join(PUBLISHED)}. "
+        "A local folder in the hub's layout works for any model."
     )
+
+
+def did_you_mean(name: str) -> str:
+    """A hint at the published id that a name is close to, with or without its owner; else ""."""
+    ids = {known.lower(): known for known in PUBLISHED}
+    ids |= {known.partition("/")[2].lower(): known for known in PUBLISHED}
+    near = difflib.get_close_matches(name.lower(), ids, 1, cutoff=0.75)
+    return f" (did you mean {ids[near[0]]}?)" if near else ""

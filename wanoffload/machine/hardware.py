@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,8 @@ class Hardware:
                 object.__setattr__(self, name, parse_bytes(size, f"Hardware.{name}"))
         for name in RATES:
             rate = getattr(self, name)
-            if rate is not None and (isinstance(rate, bool) or not rate > 0):
+            number = not isinstance(rate, bool) and isinstance(rate, int | float)
+            if rate is not None and (not number or not 0 < rate < math.inf):
                 raise ValueError(f"Hardware.{name} is a number above 0, not {rate!r}")
 
     @classmethod

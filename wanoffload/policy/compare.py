@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
@@ -46,6 +46,11 @@ class Problem:
         return self.limits.device_memory is not None or self.choices.vram_budget is not None
 
     @property
+    def left_alone(self) -> bool:
+        """Whether the DiT is sharded, by its caller or already: what it takes is not known."""
+        return self.decision.fsdp or self.facts.sharded
+
+    @property
     def base(self) -> Placement:
         """What the base rules say."""
         if self.decision.dit_layerwise:
@@ -63,11 +68,15 @@ class Considered:
 
 def consider(problem: Problem) -> list[Considered]:
     """Every permitted placement with its verdict, that of the base rules first."""
-    machine, _ = cost.with_assumed_rates(problem.limits)
+    machine, assumed = cost.with_assumed_rates(problem.limits)
+    timed = not assumed or problem.limits.platform in rules.SUPPORTED_PLATFORMS
+    facts = replace(problem.facts, dits=()) if problem.left_alone else problem.facts
     found = []
     for placement in permitted(problem):
         around = around_of(problem.decision, placement)
-        candidate = cost.predict(problem.facts, placement, around, problem.workload, machine)
+        candidate = cost.predict(facts, placement, around, problem.workload, machine)
+        if not timed:  # a CPU is no H200
+            candidate = replace(candidate, step_seconds=None)
         found.append(Considered(candidate, obstacle(problem, candidate)))
     return found
 
@@ -141,7 +150,10 @@ def obstacle(problem: Problem, candidate: Candidate) -> str | None:
         return f"needs {need} of device memory, reserve included; {gb(int(device))} are there"
     locked = candidate.host_locked_bytes
     if host is not None and locked and locked + cost.HOST_RESERVE_BYTES > int(host):
-        return f"locks {gb(locked)} of host memory; {gb(int(host))} are there"
+        need = gb(locked + cost.HOST_RESERVE_BYTES)
+        return (
+            f"locks {gb(locked)} of host memory, {need} with the reserve; {gb(int(host))} are there"
+        )
     return None
 
 
@@ -153,20 +165,19 @@ def choose(problem: Problem, considered: list[Considered]) -> Candidate | None:
     timed = all(candidate.step_seconds is not None for candidate in usable)
     if not (problem.known and timed and problem.mode in rules.AUTOMATIC_MODES):
         return usable[0]  # the base rules' own if it fits, else the simplest
-    usable = _by_rule_1(problem, usable)
+    if considered[0].obstacle is None and kept_from_streaming(problem):
+        usable = [c for c in usable if c.placement.kind != STREAM]
     if problem.mode == "auto":
         fastest = min(seconds(candidate) for candidate in usable)
         usable = [c for c in usable if seconds(c) <= fastest * EQUAL]
     return min(usable, key=lambda c: (c.device_peak_bytes, c.device_weight_bytes, seconds(c)))
 
 
-def _by_rule_1(problem: Problem, usable: list[Candidate]) -> list[Candidate]:
-    """Where rule 1 keeps a DiT from being streamed by itself, it is only if nothing else fits."""
+def kept_from_streaming(problem: Problem) -> bool:
+    """Whether rule 1 keeps the DiT from being streamed by itself, as long as it fits otherwise."""
     if rules.layerwise_chosen(problem.choices):
-        return usable
-    if rules.why_not(problem.facts, problem.choices, problem.limits.platform) is None:
-        return usable
-    return [c for c in usable if c.placement.kind != STREAM] or usable
+        return False
+    return rules.why_not(problem.facts, problem.choices, problem.limits.platform) is not None
 
 
 def seconds(candidate: Candidate) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from wanoffload.policy.choices import AUXILIARY
 from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Placement
 from wanoffload.sizes import gb
 
@@ -73,7 +74,8 @@ def _subject(plan: Plan) -> str:
     what.append(f"{plan.workload}, {plan.workload.steps} steps" if plan.workload else "any size")
     hardware = plan.hardware
     if hardware is None:
-        what.append("an unknown machine with CUDA: the base rules alone decide")
+        alone = ": the base rules alone decide" if plan.vram_budget is None else ""
+        what.append(f"an unknown machine with CUDA{alone}")
     else:
         memory = hardware.device_memory
         free = f"{gb(int(memory))} of device memory" if memory is not None else "no limit given"
@@ -82,17 +84,31 @@ def _subject(plan: Plan) -> str:
 
 
 def _sentence(plan: Plan) -> str:
+    others = [name for name in AUXILIARY if _offloaded(plan, name)]
+    beside = f"; offloaded beside it: {', '.join(others)}" if others else ""
+    failed = "" if plan.fits else " This does not fit."
+    return f"{_of_the_dit(plan)}{beside}.{failed}"
+
+
+def _of_the_dit(plan: Plan) -> str:
+    if not plan.facts.dits:
+        return "There is no DiT"
     if plan.use_fsdp_inference:
-        return "The DiT is left to its caller, who shards it."
+        return "The DiT is left to its caller, who shards it"
+    if plan.facts.sharded:
+        return "The DiT is sharded already, and is left as it is"
     how = {
         RESIDENT: "stays on the device",
         WHOLE: "waits on the host and is on the device while it runs",
         STREAM: f"is streamed block by block, {plan.dit_offload_prefetch_size} ahead",
-    }[taken(plan).kind]
-    others = [name for name in plan.layerwise_offload_components if name != "dit"]
-    beside = f"; offloaded beside it: {', '.join(others)}" if others else ""
-    failed = "" if plan.fits else " This does not fit."
-    return f"The DiT {how}{beside}.{failed}"
+    }
+    return f"The DiT {how[taken(plan).kind]}"
+
+
+def _offloaded(plan: Plan, name: str) -> bool:
+    """Whether a component that is there leaves the device, block by block or as a whole."""
+    chosen = name in plan.layerwise_offload_components or getattr(plan, f"{name}_cpu_offload")
+    return getattr(plan.facts, name) is not None and chosen
 
 
 def _value(plan: Plan, name: str) -> str:
@@ -114,8 +130,10 @@ def _predictions(plan: Plan) -> list[str]:
         parts.append(f"{plan.step_seconds:.3g} s a step")
     if plan.device_peak_bytes is not None:
         parts.append(f"{gb(plan.device_peak_bytes)} of device memory at the peak")
-    if plan.host_locked_bytes is not None:
-        parts.append(f"{gb(plan.host_locked_bytes)} of host memory page-locked")
+    locked = plan.host_locked_bytes
+    if locked is not None:
+        held = f"{gb(locked)} of host memory" if locked else "nothing"
+        parts.append(f"{held} page-locked")
     if plan.start_seconds is not None:
         parts.append(f"{plan.start_seconds:.2g} s to set up")
     return ["", "Predicted: " + ", ".join(parts) + "."] if parts else []
@@ -131,5 +149,16 @@ def _considered(plan: Plan) -> list[str]:
 def _row(plan: Plan, each: Considered) -> str:
     candidate = each.candidate
     time = f"{candidate.step_seconds:.3g} s a step, " if candidate.step_seconds else ""
-    verdict = each.obstacle or ("taken" if candidate.placement == taken(plan) else "fits")
-    return f"{time}{gb(candidate.device_peak_bytes)} at the peak: {verdict}"
+    what = "at the peak" if plan.workload else "of weights"
+    return f"{time}{gb(candidate.device_peak_bytes)} {what}: {each.obstacle or _fits(plan, each)}"
+
+
+def _fits(plan: Plan, each: Considered) -> str:
+    if each.candidate.placement == taken(plan):
+        return "taken"
+    kept = plan.reasons["dit_layerwise_offload"].startswith("rule 1")
+    return "fits, but rule 1 rules it out" if kept and _streamed(each) else "fits"
+
+
+def _streamed(each: Considered) -> bool:
+    return each.candidate.placement.kind == STREAM

@@ -15,7 +15,7 @@ from typing import Any
 from wanoffload.facts.look import look
 from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
-from wanoffload.policy import compare, cost, rules
+from wanoffload.policy import compare, cost, remedies, rules
 from wanoffload.policy.choices import Choices, check_mode
 from wanoffload.policy.compare import EQUAL, Considered, Problem, seconds
 from wanoffload.policy.cost import STREAM, WHOLE, Candidate
@@ -109,9 +109,10 @@ def plan(
     problem = Problem(facts, workload, hardware, mode, made, decision)
     considered = compare.consider(problem)
     taken = compare.choose(problem, considered)
+    _say_assumed(problem, considered[0].candidate)
     if taken is None:
         taken = considered[0].candidate
-        decision.messages.append(_nothing_fits(problem, considered))
+        decision.messages.append(_nothing_fits(problem, considered))  # the last: enable raises it
     elif taken.placement != problem.base:
         _say_overruled(problem, considered[0], taken)
     return _write(problem, taken, considered)
@@ -124,46 +125,75 @@ def _check_types(workload: object, hardware: object) -> None:
         raise ValueError(f"hardware is a Hardware, by hand or Hardware.probe(), not {hardware!r}")
 
 
+def _say_assumed(problem: Problem, candidate: Candidate) -> None:
+    _, assumed = cost.with_assumed_rates(problem.limits)
+    if problem.hardware is not None and candidate.step_seconds is not None and assumed:
+        problem.decision.messages.append(
+            f"rates that are not known are taken from {cost.ASSUMED.name}: {', '.join(assumed)}"
+        )
+
+
 def _say_overruled(problem: Problem, base: Considered, taken: Candidate) -> None:
     """Reasons for what the cost model decided in place of a rule."""
-    decision, choices = problem.decision, problem.choices
-    why = _why(problem, base, taken)
-    deeper = "dit_offload_prefetch_size"
-    if taken.placement.kind == base.candidate.placement.kind:
-        rule = decision.reasons[deeper].partition(":")[0]
-        decision.reasons[deeper] = f"cost model over {rule}: {taken.placement}; {why}"
+    reasons, choices = problem.decision.reasons, problem.choices
+    why = f"{taken.placement}; {_why(problem, base, taken)}"
+    streamed_by_rule = base.candidate.placement.kind == STREAM
+    streamed = taken.placement.kind == STREAM
+    if streamed_by_rule and streamed:
+        _overrule(reasons, "dit_offload_prefetch_size", why)
+    elif streamed_by_rule != streamed:
+        _overrule(reasons, "dit_layerwise_offload", why)
+        if not choices.made("dit_cpu_offload"):
+            reasons["dit_cpu_offload"] = f"cost model: {taken.placement}"
+        _say_prefetch(problem, streamed)
+    else:  # between resident and whole
+        reasons["dit_cpu_offload"] = f"cost model: {why}"
+
+
+def _overrule(reasons: dict[str, str], name: str, why: str) -> None:
+    rule = reasons[name].partition(":")[0]
+    reasons[name] = f"cost model over {rule}: {why}"
+
+
+def _say_prefetch(problem: Problem, streamed: bool) -> None:
+    """The prefetch size, where the cost model turns streaming on or off."""
+    decision, name = problem.decision, "dit_offload_prefetch_size"
+    chosen = problem.choices.dit_offload_prefetch_size
+    if streamed:
+        decision.reasons[name] = "cost model: what is enough" if chosen is None else rules.CHOSEN
+        decision.messages[:] = [m for m in decision.messages if not m.startswith(name)]
         return
-    rule = decision.reasons["dit_layerwise_offload"].partition(":")[0]
-    decision.reasons["dit_layerwise_offload"] = f"cost model over {rule}: {taken.placement}; {why}"
-    if not choices.made("dit_cpu_offload"):
-        decision.reasons["dit_cpu_offload"] = f"cost model: {taken.placement}"
-    if taken.placement.kind != STREAM:
-        decision.reasons[deeper] = "rule 4: the DiT is not streamed"
-    elif choices.made(deeper):
-        decision.reasons[deeper] = rules.CHOSEN
-        decision.messages[:] = [m for m in decision.messages if not m.startswith(deeper)]
-    else:
-        decision.reasons[deeper] = "cost model: what is enough"
+    decision.reasons[name] = "rule 4: the DiT is not streamed"
+    if chosen is not None:
+        decision.messages.append(rules.no_effect(chosen, decision))
 
 
 def _why(problem: Problem, base: Considered, taken: Candidate) -> str:
     of_base = base.candidate
     if base.obstacle is not None:
         return f"{of_base.placement} does not fit: {base.obstacle}"
-    if problem.mode == "memory" or seconds(of_base) <= seconds(taken) * EQUAL:
-        return f"{_less(of_base, taken)} than {of_base.placement}, {_times(of_base, taken)}"
-    return f"faster than {of_base.placement}, {_times(of_base, taken)}"
+    less = _less(of_base, taken)
+    slower = seconds(of_base) > seconds(taken) * EQUAL
+    if less is None or (problem.mode == "auto" and slower):
+        return f"faster than {of_base.placement}, {_times(of_base, taken)}"
+    return f"{less} than {of_base.placement}, {_times(of_base, taken)}"
 
 
-def _less(base: Candidate, taken: Candidate) -> str:
+def _less(base: Candidate, taken: Candidate) -> str | None:
+    """What the taken candidate saves; None if that is nothing."""
     peak = base.device_peak_bytes - taken.device_peak_bytes
-    if peak > 0:
-        return f"{gb(peak)} less device memory"
-    return f"{gb(base.device_weight_bytes - taken.device_weight_bytes)} less for weights"
+    weights = base.device_weight_bytes - taken.device_weight_bytes
+    if (peak, weights) <= (0, 0):
+        return None
+    for saved, what in ((peak, "less device memory"), (weights, "less for weights")):
+        if saved >= 10**7:
+            return f"{gb(saved)} {what}"
+    return "slightly less device memory"
 
 
 def _times(base: Candidate, taken: Candidate) -> str:
-    return f"{seconds(taken):.3g} s a step against {seconds(base):.3g} s"
+    ours, theirs = (f"{seconds(candidate):.4g} s" for candidate in (taken, base))
+    return f"at the same {ours} a step" if ours == theirs else f"{ours} a step against {theirs}"
 
 
 def _nothing_fits(problem: Problem, considered: list[Considered]) -> str:
@@ -172,30 +202,22 @@ def _nothing_fits(problem: Problem, considered: list[Considered]) -> str:
     least = min(c.candidate.device_weight_bytes for c in considered)
     if budget is not None and least > budget:
         raise ValueError(
-            f"vram_budget={gb(budget)} is too small: the least that is possible here is "
-            f"{gb(least)} ({found})"
+            f"vram_budget={gb(budget)} is too small: the least that is possible in mode "
+            f"{problem.mode!r} with these choices is {gb(least)} ({found})"
         )
-    return (
-        f"nothing that is permitted fits ({found}). What helps against too little device memory: "
-        "mode 'memory', leaving the choices for the DiT unset, fewer frames or a smaller size; "
-        "against too little host memory: wrap(transformer, host='pageable'), which locks 128 MiB."
-    )
+    return f"nothing that is permitted fits ({found}). {remedies.what_helps(problem)}"
 
 
 def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> Plan:
-    decision, placement = problem.decision, taken.placement
-    _, assumed = cost.with_assumed_rates(problem.limits)
+    decision, placement, facts = problem.decision, taken.placement, problem.facts
     timed = taken.step_seconds is not None and problem.hardware is not None
-    if timed and assumed:
-        decision.messages.append(
-            f"rates that are not known are taken from {cost.ASSUMED.name}: {', '.join(assumed)}"
-        )
-    sized = bool(problem.facts.dits)
+    sized = any((facts.dits, facts.text_encoder, facts.image_encoder, facts.vae))
+    whole = sized and not problem.left_alone
     made = problem.choices.made("vram_budget")
     decision.reasons["vram_budget"] = rules.CHOSEN if made else "not chosen"
     return Plan(
         mode=problem.mode,
-        facts=problem.facts,
+        facts=facts,
         workload=problem.workload,
         hardware=problem.hardware,
         dit_layerwise_offload=placement.kind == STREAM,
@@ -208,8 +230,8 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
         use_fsdp_inference=decision.fsdp,
         vram_budget=problem.choices.vram_budget,
         step_seconds=taken.step_seconds if timed else None,
-        start_seconds=taken.start_seconds if sized and problem.hardware is not None else None,
-        device_peak_bytes=taken.device_peak_bytes if sized and problem.workload else None,
+        start_seconds=taken.start_seconds if whole and problem.hardware is not None else None,
+        device_peak_bytes=taken.device_peak_bytes if whole and problem.workload else None,
         host_locked_bytes=taken.host_locked_bytes if sized else None,
         fits=any(c.obstacle is None for c in considered),
         reasons=MappingProxyType(decision.reasons),

@@ -167,10 +167,7 @@ def decide_prefetch(decision: Decision, facts: ModelFacts, mode: str, choices: C
         decision.prefetch = None
         decision.reasons[name] = "rule 4: the DiT is not streamed"
         if size is not None:
-            decision.messages.append(
-                f"dit_offload_prefetch_size={size:g} has no effect: the DiT is not streamed "
-                f"({decision.reasons['dit_layerwise_offload']})"
-            )
+            decision.messages.append(no_effect(size, decision))
     elif size is not None:
         decision.prefetch = blocks_ahead(size, most_blocks(facts))
         decision.reasons[name] = CHOSEN
@@ -180,6 +177,14 @@ def decide_prefetch(decision: Decision, facts: ModelFacts, mode: str, choices: C
     else:
         decision.prefetch = DEFAULT_PREFETCH
         decision.reasons[name] = f"rule 8: {DEFAULT_PREFETCH} where it is unset"
+
+
+def no_effect(prefetch: float, decision: Decision) -> str:
+    """The message about a chosen prefetch size where the DiT is not streamed."""
+    return (
+        f"dit_offload_prefetch_size={prefetch:g} has no effect: the DiT is not streamed "
+        f"({decision.reasons['dit_layerwise_offload']})"
+    )
 
 
 def most_blocks(facts: ModelFacts) -> int:
@@ -193,7 +198,7 @@ def decide_coarse(decision: Decision, choices: Choices) -> None:
         flag = f"{name}_cpu_offload"
         if name in decision.components:
             decision.coarse[name] = False
-            decision.reasons[flag] = f"rule 6: {name} is offloaded layer by layer"
+            decision.reasons[flag] = f"rule 6: {name} is in layerwise_offload_components"
             if choices.coarse(name):
                 decision.messages.append(
                     f"{flag} is ignored: layerwise_offload_components has {name} (rule 6)"
