@@ -17,9 +17,11 @@ from wanoffload.machine import probe
 from wanoffload.machine.hardware import RATES
 from wanoffload.policy import planning as policy
 from wanoffload.policy.choices import Choices
+from wanoffload.policy.explain import taken
 
 A14B = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 GIB = 1 << 30
+README = Path(__file__).parents[1] / "README.md"
 
 
 class Recorded:
@@ -297,3 +299,18 @@ def test_both_offload_flags_stay_on_together(capsys: pytest.CaptureFixture[str])
     assert choices["dit_cpu_offload"] is True
     assert choices["dit_layerwise_offload"] is True
     assert choices["layerwise_offload_components"] == ["dit"]
+
+
+def test_the_table_in_the_readme_is_what_a_plan_says() -> None:
+    for height, width, frames in ((480, 832, 17), (480, 832, 81), (720, 1280, 81)):
+        cells = [f"{height}x{width}x{frames}"]
+        for memory in ("24GB", "48GB", "80GB", "141GB"):
+            made = policy.plan(
+                A14B, Workload(height, width, frames), Hardware(device_memory=memory)
+            )
+            assert made.step_seconds is not None
+            assert made.device_peak_bytes is not None
+            way = str(taken(made)).replace(", prefetch", "")
+            peak = made.device_peak_bytes / 1e9
+            cells.append(f"{way}: {made.step_seconds:.3g} s, {peak:.1f} GB")
+        assert f"| {' | '.join(cells)} |" in README.read_text()
