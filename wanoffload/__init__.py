@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wanoffload.errors import (
         BackendError,
+        CheckpointError,
         ClosedError,
         ConcurrentForwardError,
         DeviceMemoryError,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "CheckpointError",
     "ClosedError",
     "ConcurrentForwardError",
     "DeviceMemoryError",

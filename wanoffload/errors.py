@@ -12,6 +12,7 @@ from wanoffload._C import (
 
 __all__ = [
     "BackendError",
+    "CheckpointError",
     "ClosedError",
     "ConcurrentForwardError",
     "DeviceMemoryError",
@@ -64,3 +65,7 @@ class PipelineError(OffloadError, ValueError):
 
 class DeviceMemoryError(OffloadError):
     """No permitted plan fits into the device's memory."""
+
+
+class CheckpointError(OffloadError, ValueError):
+    """A checkpoint is not there, not whole, or not one of the model it is loaded into."""

@@ -7,7 +7,6 @@ classes, and dtypes other than floating point of 2 bytes and more, count as they
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,8 @@ from typing import Any
 from wanoffload.facts.model import ComponentFacts
 from wanoffload.facts.parts import Part, Parts, is_relevant
 from wanoffload.facts.tally import BF16, FP32, image_bytes
+from wanoffload.loading.files import read_json
+from wanoffload.loading.header import read_header
 
 _STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4}
 _STORED |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
@@ -56,7 +57,7 @@ def look_at_folder(folder: Path) -> Parts:
             f"{folder} has no model_index.json: a pipeline's folder in the hub's layout is "
             "expected, as save_pretrained or a download makes it"
         )
-    index = _read_json(index_file)
+    index = read_json(index_file)
     parts = {
         name: _part(folder / name, value[1])
         for name, value in index.items()
@@ -72,22 +73,10 @@ def _names_class(value: Any) -> bool:
     return pair and all(item is None or isinstance(item, str) for item in value)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; is the download complete?") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} can't be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return found
-
-
 def _part(folder: Path, name: str) -> Part:
     """A scheduler has a config of its own name, and no weights."""
     own = folder / "scheduler_config.json"
-    config = _read_json(own if own.is_file() else folder / "config.json")
+    config = read_json(own if own.is_file() else folder / "config.json")
     config["_class_name"] = name
     tensors = {
         tensor: nbytes
@@ -122,7 +111,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    table = _read_json(index).get("weight_map")
+    table = read_json(index).get("weight_map")
     if not isinstance(table, dict):
         raise ValueError(f"{index} has no weight_map")
     files = [folder / name for name in sorted(set(table.values()))]
@@ -134,18 +123,8 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 def _tensors(file: Path, name: str) -> Iterator[tuple[str, int]]:
     """Names and bytes as loaded, from the file's header."""
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ValueError(f"{file} can't be looked at without the package safetensors") from error
-    try:
-        with safetensors.safe_open(str(file), framework="np") as opened:
-            for tensor in opened.keys():  # noqa: SIM118  # no mapping
-                view = opened.get_slice(tensor)
-                elements = math.prod(view.get_shape())
-                yield tensor, elements * _itemsize(name, tensor, view.get_dtype())
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file} can't be read, is it complete? {error}") from error
+    for tensor in read_header(file).values():
+        yield tensor.name, math.prod(tensor.shape) * _itemsize(name, tensor.name, tensor.dtype)
 
 
 def _itemsize(name: str, tensor: str, stored: str) -> int:
