@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 
 #include "errors.h"
 
@@ -74,8 +73,8 @@ void CopyEngine::submit_locked(Transfer& transfer) {
   }
   begin(transfer);
   if (transfer.image->bytes() > 0) {
-    backend_->copy_to_device(transfer.destination, transfer.image->data(), transfer.image->bytes(),
-                             stream());
+    backend_->copy_to_device(transfer.destination, transfer.image->locked_data(),
+                             transfer.image->bytes(), stream());
   }
   finish(transfer);
 }
@@ -129,12 +128,16 @@ std::optional<CopyEngine::Task> CopyEngine::take_task() {
   return task;
 }
 
-// Copies without a lock, then waits for its turn: chunks are enqueued in the order they were taken.
+// Reads without a lock, then waits for its turn: chunks are enqueued in the order they were taken.
 void CopyEngine::carry_out(const Task& task) {
   const std::size_t offset = task.chunk * ring_->chunk_bytes();
   const std::size_t bytes = std::min(ring_->chunk_bytes(), task.transfer->image->bytes() - offset);
   if (task.buffer.data != nullptr) {
-    std::memcpy(task.buffer.data, task.transfer->image->data() + offset, bytes);
+    try {
+      task.transfer->image->read(offset, bytes, task.buffer.data);
+    } catch (...) {
+      settle(*task.transfer, std::current_exception());
+    }
   }
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return turn_ == task.turn; });

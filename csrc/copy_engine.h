@@ -1,6 +1,6 @@
 // Brings images into device memory, in the order they were asked for, on one stream of its own.
 // A page-locked image is enqueued by the caller's thread as one copy. Everything else goes through
-// the pinned ring, filled by the engine's threads.
+// the pinned ring, filled by the engine's threads: from memory, or from files.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "host_store.h"
+#include "image.h"
 #include "pinned_ring.h"
 
 namespace wanoffload {
@@ -31,7 +31,7 @@ struct EngineOptions {
 // events) until the transfer is settled: enqueued or failed.
 class Transfer {
  public:
-  HostImagePtr image;
+  ImagePtr image;
   DeviceAddress destination = 0;
   std::vector<EventHandle> wait_for;  // on the copy stream, before the first byte
   EventHandle ready = 0;              // recorded behind the last byte
@@ -52,6 +52,11 @@ class Transfer {
 
 // Any thread may call submit, wait_settled and settled; transfers are carried out in the order of
 // submission among those of the same way.
+//
+// How far reads run ahead: a thread reads the next chunk of the oldest transfer as soon as a chunk
+// of the ring is free. It waits neither for the destination to be free nor for copies before it:
+// `wait_for` holds up the copy stream alone. So up to ring_chunks * ring_chunk_bytes are read
+// beyond what has reached the device, of what was submitted. Each thread has one read under way.
 class CopyEngine {
  public:
   CopyEngine(BackendPtr backend, EngineOptions options);

@@ -27,7 +27,7 @@ int DeviceSlots::find(int unit) const {
   return -1;
 }
 
-void DeviceSlots::fill(int index, int unit, const HostImagePtr& image, CopyEngine& engine) {
+void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& engine) {
   Slot& slot = (*this)[index];
   if (slot.users != 0) throw UsageError("slot " + std::to_string(index) + " is in use");
   if (image->bytes() > slot_bytes_) {

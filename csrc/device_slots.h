@@ -50,7 +50,7 @@ class DeviceSlots {
 
   // Starts to bring an image into a slot that nobody uses. The slot belongs to `unit` from here
   // on, or to nobody if this throws.
-  void fill(int slot, int unit, const HostImagePtr& image, CopyEngine& engine);
+  void fill(int slot, int unit, const ImagePtr& image, CopyEngine& engine);
   // Makes `stream` wait for the slot's bytes and counts one user. The transfer must be settled.
   void begin_read(int slot, StreamHandle stream);
   // The user's work is enqueued on `stream`: a later fill waits for it. If the event cannot be

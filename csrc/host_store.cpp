@@ -4,7 +4,9 @@
 
 #include <cerrno>
 #include <cstring>
+#include <exception>
 #include <limits>
+#include <mutex>
 #include <string>
 #include <thread>
 
@@ -45,12 +47,28 @@ std::byte* map_aligned(std::size_t bytes) {
   return start + lead;
 }
 
+// In pieces for one thread each, cut at the image's grains, which are whole huge pages.
+std::vector<FileExtent> split_extents(const std::vector<FileExtent>& extents) {
+  std::vector<FileExtent> pieces;
+  for (FileExtent rest : extents) {
+    while (rest.bytes > 0) {
+      FileExtent piece = rest;
+      piece.bytes = std::min(rest.bytes, kGrain - rest.offset % kGrain);
+      rest.file_offset += piece.bytes;
+      rest.offset += piece.bytes;
+      rest.bytes -= piece.bytes;
+      pieces.push_back(std::move(piece));
+    }
+  }
+  return pieces;
+}
+
 }  // namespace
 
 HostImage::HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options,
                      std::shared_ptr<StoreBytes> totals)
-    : backend_(std::move(backend)),
-      bytes_(bytes),
+    : Image(bytes),
+      backend_(std::move(backend)),
       mapped_bytes_(round_up(std::max<std::size_t>(bytes, 1), kPage)),
       options_(resolved(options)),
       totals_(std::move(totals)) {
@@ -71,10 +89,10 @@ HostImage::~HostImage() {
 
 void HostImage::fill(const std::vector<ImagePiece>& pieces) {
   for (const ImagePiece& piece : pieces) {
-    if (piece.offset > bytes_ || piece.bytes > bytes_ - piece.offset) {
+    if (piece.offset > bytes() || piece.bytes > bytes() - piece.offset) {
       throw UsageError("a piece of " + std::to_string(piece.bytes) + " bytes at " +
                        std::to_string(piece.offset) + " does not fit an image of " +
-                       std::to_string(bytes_));
+                       std::to_string(bytes()));
     }
   }
   for (const ImagePiece& piece : pieces) {
@@ -84,6 +102,30 @@ void HostImage::fill(const std::vector<ImagePiece>& pieces) {
       std::memcpy(target + begin, source + begin, end - begin);
     });
   }
+}
+
+void HostImage::read(std::size_t offset, std::size_t bytes, std::byte* destination) const {
+  std::memcpy(destination, data_ + offset, bytes);
+}
+
+void HostImage::fill_from(std::vector<FileExtent> extents, ReadBy by) {
+  const auto pieces = split_extents(checked_extents(std::move(extents), bytes()));
+  std::mutex mutex;
+  std::exception_ptr error;  // the first; what is left is then not read
+  parallel_for(pieces.size(), 1, options_.threads, [&](std::size_t begin, std::size_t) {
+    const FileExtent& piece = pieces[begin];
+    {
+      const std::lock_guard lock(mutex);
+      if (error) return;
+    }
+    try {
+      piece.file->read(piece.file_offset, piece.bytes, data_ + piece.offset, by);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 void HostImage::touch() {
@@ -99,7 +141,7 @@ void HostImage::touch() {
 void HostImage::lock() {
   if (locked_) return;
   if (mapped_bytes_ > kMaxLockBytes) {
-    throw HostMemoryError("one unit has " + std::to_string(bytes_) +
+    throw HostMemoryError("one unit has " + std::to_string(bytes()) +
                           " bytes; at most 64 GiB can be page-locked in one piece");
   }
   touch();  // pages that are there are locked much faster

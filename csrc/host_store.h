@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "image.h"
+#include "source_file.h"
 
 namespace wanoffload {
 
@@ -31,23 +33,25 @@ struct ImagePiece {
   std::size_t bytes;
 };
 
-// One unit's bytes. Not synchronised: fill, lock and unlock are set-up work of one thread. The
-// owner must not let it go while a copy from it is in flight.
-class HostImage {
+// One unit's bytes in memory. Not synchronised: filling, lock and unlock are set-up work of one
+// thread. The owner must not let it go while a copy from it is in flight.
+class HostImage final : public Image {
  public:
   // Maps zeroed memory. Throws HostMemoryError.
   HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options,
             std::shared_ptr<StoreBytes> totals);
-  HostImage(const HostImage&) = delete;
-  HostImage& operator=(const HostImage&) = delete;
-  ~HostImage();
+  ~HostImage() override;
 
   [[nodiscard]] std::byte* data() const { return data_; }
-  [[nodiscard]] std::size_t bytes() const { return bytes_; }
-  [[nodiscard]] bool locked() const { return locked_; }
+  [[nodiscard]] const std::byte* locked_data() const override { return locked_ ? data_ : nullptr; }
+  void read(std::size_t offset, std::size_t bytes, std::byte* destination) const override;
 
   // Copies the pieces in with many threads; the first touch of the memory.
   void fill(const std::vector<ImagePiece>& pieces);
+  // Reads the extents in with many threads, straight to their places; the first touch of the
+  // memory. Bytes that no extent holds stay as they are (zeros, in a new image). Throws what
+  // checked_extents and SourceFile::read throw; the image's bytes then mean nothing.
+  void fill_from(std::vector<FileExtent> extents, ReadBy by = ReadBy::kPageCache);
   // Makes every page present with many threads, without changing what is there.
   void touch();
   // Page-locks the image. Throws HostMemoryError or BackendError; does nothing if locked.
@@ -56,7 +60,6 @@ class HostImage {
 
  private:
   const BackendPtr backend_;
-  const std::size_t bytes_;
   const std::size_t mapped_bytes_;
   const StoreOptions options_;
   const std::shared_ptr<StoreBytes> totals_;

@@ -3,9 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
+
 #include "backend/cuda_backend.h"
 #include "backend/host_backend.h"
 #include "errors.h"
+#include "file_image.h"
 #include "fingerprint.h"
 #include "host_store.h"
 #include "pinned_ring.h"
@@ -69,9 +72,53 @@ void bind_backends(py::module_& m) {
       .def(py::init<int>(), py::arg("device_index"));
 }
 
+// (file, offset in the file, bytes, offset in the image)
+using ExtentTuple = std::tuple<SourceFilePtr, std::size_t, std::size_t, std::size_t>;
+
+std::vector<FileExtent> extents_of(const std::vector<ExtentTuple>& tuples) {
+  std::vector<FileExtent> extents;
+  for (const auto& [file, file_offset, bytes, offset] : tuples) {
+    if (!file) throw UsageError("an extent needs a file");
+    extents.push_back({file, file_offset, bytes, offset});
+  }
+  return extents;
+}
+
+void bind_files(py::module_& m) {
+  py::class_<SourceFile, SourceFilePtr>(m, "SourceFile")
+      .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("direct") = true, NoGil())
+      .def_property_readonly("path", &SourceFile::path)
+      .def_property_readonly("nbytes", &SourceFile::bytes)
+      .def_property_readonly("direct", &SourceFile::direct)
+      .def_property_readonly("direct_refusal", &SourceFile::direct_refusal)
+      .def("fail_at", &SourceFile::fail_at, py::arg("nth_read"), py::arg("error") = EIO)
+      .def_property_readonly("reads", &SourceFile::reads);
+
+  py::class_<Image, ImagePtr>(m, "Image")
+      .def_property_readonly("nbytes", &Image::bytes)
+      .def_property_readonly("locked", &Image::locked)
+      .def(
+          "read",
+          [](const Image& self, std::size_t offset, std::size_t bytes, std::uintptr_t destination) {
+            if (offset > self.bytes() || bytes > self.bytes() - offset) {
+              throw UsageError(std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+                               " are not in an image of " + std::to_string(self.bytes()));
+            }
+            self.read(offset, bytes, reinterpret_cast<std::byte*>(destination));
+          },
+          py::arg("offset"), py::arg("nbytes"), py::arg("destination"), NoGil());
+
+  py::class_<FileImage, Image, FileImagePtr>(m, "FileImage")
+      .def(py::init([](const std::vector<ExtentTuple>& extents, std::size_t bytes) {
+             return std::make_shared<FileImage>(extents_of(extents), bytes);
+           }),
+           py::arg("extents"), py::arg("nbytes"))
+      .def_property_readonly("direct", &FileImage::direct);
+}
+
 void bind_host_store(py::module_& m) {
   // memoryview(image) keeps the image alive: tensors made over it may outlive every other owner.
-  py::class_<HostImage, HostImagePtr>(m, "HostImage", py::buffer_protocol())
+  py::class_<HostImage, Image, HostImagePtr>(m, "HostImage", py::buffer_protocol())
       .def_buffer([](HostImage& self) {
         return py::buffer_info(reinterpret_cast<std::uint8_t*>(self.data()),
                                static_cast<py::ssize_t>(self.bytes()));
@@ -79,8 +126,6 @@ void bind_host_store(py::module_& m) {
       .def_property_readonly(
           "address",
           [](const HostImage& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
-      .def_property_readonly("nbytes", &HostImage::bytes)
-      .def_property_readonly("locked", &HostImage::locked)
       .def(
           "fill",
           [](HostImage& self,
@@ -92,6 +137,12 @@ void bind_host_store(py::module_& m) {
             self.fill(list);
           },
           py::arg("pieces"), NoGil())
+      .def(
+          "fill_from",
+          [](HostImage& self, const std::vector<ExtentTuple>& extents, bool direct) {
+            self.fill_from(extents_of(extents), direct ? ReadBy::kDirect : ReadBy::kPageCache);
+          },
+          py::arg("extents"), py::kw_only(), py::arg("direct") = false, NoGil())
       .def("touch", &HostImage::touch, NoGil())
       .def("lock", &HostImage::lock, NoGil())
       .def("unlock", &HostImage::unlock, NoGil());
@@ -190,6 +241,7 @@ void bind_prefetcher(py::module_& m) {
            py::arg("generation"), NoGil())
       .def("abandon", &Prefetcher::abandon, py::arg("stream"), NoGil())
       .def("invalidate", &Prefetcher::invalidate, py::arg("unit"), NoGil())
+      .def("replace_unit", &Prefetcher::replace_unit, py::arg("unit"), py::arg("image"), NoGil())
       .def("set_poison", &Prefetcher::set_poison, py::arg("value"))
       .def("close", &Prefetcher::close, NoGil())
       .def("stats", &Prefetcher::stats, NoGil())
@@ -207,6 +259,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The streaming engine of wanoffload: host store, pinned ring, copy engine, slots.";
   bind_errors(m);
   bind_backends(m);
+  bind_files(m);
   bind_host_store(m);
   bind_ring(m);
   bind_prefetcher(m);

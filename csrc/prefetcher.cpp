@@ -25,14 +25,19 @@ Prefetcher::~Prefetcher() {
   }
 }
 
-int Prefetcher::add_unit(HostImagePtr image) {
-  const std::lock_guard lock(mutex_);
-  check_open();
-  if (image->bytes() > slots_.slot_bytes()) {
-    throw UsageError("a unit of " + std::to_string(image->bytes()) + " bytes in slots of " +
+// Refuses an image that no slot can hold; makes the ring if this is the first that needs it.
+void Prefetcher::make_room_for(const Image& image) {
+  if (image.bytes() > slots_.slot_bytes()) {
+    throw UsageError("a unit of " + std::to_string(image.bytes()) + " bytes in slots of " +
                      std::to_string(slots_.slot_bytes()));
   }
-  if (!image->locked()) engine_.prepare_ring();
+  if (!image.locked()) engine_.prepare_ring();
+}
+
+int Prefetcher::add_unit(ImagePtr image) {
+  const std::lock_guard lock(mutex_);
+  check_open();
+  make_room_for(*image);
   const int unit = units();
   images_.push_back(std::move(image));
   failures_.emplace_back();
@@ -128,7 +133,7 @@ void Prefetcher::top_up() {
 }
 
 void Prefetcher::fetch(int unit, int slot) {
-  const HostImagePtr& image = images_[static_cast<std::size_t>(unit)];
+  const ImagePtr& image = images_[static_cast<std::size_t>(unit)];
   note(Happened::kFetch, unit, slot);
   slots_.fill(slot, unit, image, engine_);
   ++stats_.fetches;
@@ -234,6 +239,24 @@ void Prefetcher::abandon(StreamHandle stream) {
 void Prefetcher::invalidate(int unit) {
   const std::lock_guard lock(mutex_);
   check_open(unit);
+  forget(unit);
+}
+
+void Prefetcher::replace_unit(int unit, ImagePtr image) {
+  const std::lock_guard lock(mutex_);
+  check_open(unit);
+  make_room_for(*image);
+  forget(unit);
+  ImagePtr& place = images_[static_cast<std::size_t>(unit)];
+  for (int i = 0; i < slots_.size(); ++i) {
+    ImagePtr& used = slots_[i].transfer.image;
+    if (used == place) used = nullptr;
+  }
+  place = std::move(image);
+}
+
+// Drops what was fetched of the unit and waits until no copy reads its image.
+void Prefetcher::forget(int unit) {
   failures_[static_cast<std::size_t>(unit)] = nullptr;
   if (const int slot = slots_.find(unit); slot >= 0) {
     if (slots_[slot].users != 0) {

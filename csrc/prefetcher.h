@@ -13,7 +13,7 @@
 #include "backend/backend.h"
 #include "copy_engine.h"
 #include "device_slots.h"
-#include "host_store.h"
+#include "image.h"
 
 namespace wanoffload {
 
@@ -40,6 +40,11 @@ struct Acquired {
 // Any number of units through any number of slots. Any thread may call any method; one lock.
 // In the steady state, with page-locked images, no method waits for the device, allocates or makes
 // an event. With other images acquire may wait until the engine has enqueued the unit's last chunk.
+//
+// The units behind the one acquired, `depth` of them, are submitted when the host has released
+// their slots, while the device may still read those: the ring fills meanwhile (see CopyEngine).
+// While acquire waits for a unit, depth - 1 more are queued: with a depth of 2 the threads that
+// read never run out of work, with 1 they pause at the end of each unit.
 class Prefetcher {
  public:
   // `slots`: addresses of device memory that outlives this object, of `slot_bytes` each.
@@ -48,7 +53,7 @@ class Prefetcher {
   ~Prefetcher();
 
   // Appends a unit to the order and returns its number: 0, 1, ...
-  int add_unit(HostImagePtr image);
+  int add_unit(ImagePtr image);
   // Replaces the order. Throws UsageError unless it names every unit once.
   void set_order(const std::vector<int>& order);
   [[nodiscard]] std::vector<int> order() const;
@@ -68,6 +73,9 @@ class Prefetcher {
   // must), and forgets what was fetched. Throws UsageError if the unit is in use, TransferTimeout
   // if a copy stalled; unless it returns, the host's bytes must stay as they are.
   void invalidate(int unit);
+  // Puts another image in the unit's place: invalidates, then lets the old one go, which no copy
+  // reads any more. Throws what invalidate and add_unit throw; the unit then keeps its image.
+  void replace_unit(int unit, ImagePtr image);
   void set_poison(std::optional<std::uint8_t> value) { engine_.set_poison(value); }
   // Where the copies run. For tests and traces.
   [[nodiscard]] StreamHandle copy_stream() const { return engine_.stream(); }
@@ -96,6 +104,8 @@ class Prefetcher {
   [[nodiscard]] int units() const { return static_cast<int>(images_.size()); }
   void check_open() const;
   void check_open(int unit) const;
+  void make_room_for(const Image& image);
+  void forget(int unit);
   void rethrow_failure(int unit);
   int slot_with(int unit);
   void fetch(int unit, int slot);
@@ -115,7 +125,7 @@ class Prefetcher {
   mutable std::mutex mutex_;
   // guarded by mutex_
   mutable DeviceSlots slots_;
-  std::vector<HostImagePtr> images_;          // by unit
+  std::vector<ImagePtr> images_;              // by unit
   std::vector<std::exception_ptr> failures_;  // by unit: to be thrown by the next acquire
   std::vector<int> order_;                    // units
   std::vector<int> place_;                    // by unit: where it stands in order_

@@ -1,0 +1,33 @@
+// The seam below a transfer: "these bytes of yours, into that place". Memory answers with a copy, a
+// file with reads; what is page-locked the copy engine takes as it stands.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+namespace wanoffload {
+
+// One unit's bytes, wherever they are. Their number never changes.
+class Image {
+ public:
+  explicit Image(std::size_t bytes) : bytes_(bytes) {}
+  Image(const Image&) = delete;
+  Image& operator=(const Image&) = delete;
+  virtual ~Image() = default;
+
+  [[nodiscard]] std::size_t bytes() const { return bytes_; }
+  // Where the bytes stand if they are page-locked, else null.
+  [[nodiscard]] virtual const std::byte* locked_data() const = 0;
+  [[nodiscard]] bool locked() const { return locked_data() != nullptr; }
+  // Puts the bytes [offset, offset + bytes), which must be of this image, into `destination` and
+  // writes nowhere else. The ring's threads call this, several at once. Throws TransferError; what
+  // is in `destination` then means nothing.
+  virtual void read(std::size_t offset, std::size_t bytes, std::byte* destination) const = 0;
+
+ private:
+  const std::size_t bytes_;
+};
+
+using ImagePtr = std::shared_ptr<Image>;
+
+}  // namespace wanoffload
