@@ -29,7 +29,7 @@ from wanoffload import (
     wrapping,
 )
 from wanoffload.facts.model import ModelFacts
-from wanoffload.pipelines import acting, components
+from wanoffload.pipelines import acting, components, enabling
 from wanoffload.pipelines.acting import Enabled
 from wanoffload.pipelines.components import (
     PARKED,
@@ -41,6 +41,9 @@ from wanoffload.pipelines.components import (
 )
 from wanoffload.pipelines.enabled_class import state, workload_of
 from wanoffload.pipelines.enabling import disable, enable, plan_of
+from wanoffload.pipelines.parking import Parked
+from wanoffload.pipelines.tenancy import Floor
+from wanoffload.runtime import Offloader
 
 __all__ = ["poisoned_homes"]
 
@@ -357,6 +360,79 @@ def test_a_call_may_end_anywhere_and_the_next_one_is_right(
         kind.run(pipe, **changes)
     handle.remove()
     assert at_home(pipe)
+    assert torch.equal(kind.run(pipe), expected)
+
+
+BEGINNING, END = "beginning", "end"
+
+
+@pytest.mark.parametrize("call", [0, 1, -1])
+@pytest.mark.parametrize("where", [BEGINNING, END])
+@pytest.mark.parametrize(
+    ("plan", "kind", "name"),
+    [
+        (STREAMING, Offloader, "end_forward"),
+        (STREAMING, Offloader, "_leave_thread"),
+        (STREAMING, Offloader, "pause"),
+        (STREAMING, Floor, "enter"),
+        (STREAMING, Floor, "clear"),
+        (STREAMING, Parked, "bring_in"),
+        (STREAMING, Parked, "send_home"),
+        (PARKING, Floor, "clear"),
+        (PARKING, Parked, "bring_in"),
+        (PARKING, Parked, "send_home"),
+    ],
+)
+def test_the_call_after_an_interrupt_is_right(
+    plan: StandIn, kind: type, name: str, where: str, call: int, planned
+) -> None:
+    """An interrupt between the lines of what moves weights, at its first call, second and last."""
+    small = PIPELINES["a14b"]
+    pipe = small.make()
+    planned(plan)
+    enable(pipe, hardware=HERE)
+    original, calls, at = getattr(kind, name), [], [-1]
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        if where == BEGINNING and len(calls) == at[0]:
+            raise KeyboardInterrupt
+        result = original(self, *args, **kwargs)
+        if where == END and len(calls) == at[0]:
+            raise KeyboardInterrupt
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, counting)
+        expected = small.run(pipe)
+        at[0] = range(1, len(calls) + 1)[call]
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            small.run(pipe)
+    assert torch.equal(small.run(pipe), expected)
+    assert at_home(pipe)
+    disable(pipe)
+    assert torch.equal(small.run(pipe), expected)
+
+
+def test_a_disable_that_is_interrupted_anywhere_can_be_called_again(planned) -> None:
+    kind = PIPELINES["t2v"]
+    pipe = kind.make()
+    expected = kind.run(pipe)
+    planned(STREAMING)
+    enable(pipe, hardware=HERE)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(enabling, "ordinary_class", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            disable(pipe)
+    with pytest.raises(PipelineError, match="not enabled"):
+        disable(pipe)
+    assert torch.equal(kind.run(pipe), expected)
+    enable(pipe, hardware=HERE)
     assert torch.equal(kind.run(pipe), expected)
 
 

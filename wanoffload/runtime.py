@@ -256,6 +256,14 @@ class Offloader(hooks.Attached):
         finally:
             self._leave_thread()
 
+    def forget_forward(self) -> None:
+        """Ends a forward of this thread that was interrupted while it ended, if there is one.
+
+        For callers who know that this thread is not inside of one.
+        """
+        if self.in_forward():
+            self.end_forward(completed=False)
+
     def _recover(self) -> None:
         """Lets go of what a forward that ended early still held."""
         for binding in self.bindings:

@@ -161,7 +161,7 @@ class Enabled(hooks.Attached):
 
     def end(self) -> None:
         """Every component ordinary, on the CPU. If it raises, it can be called again."""
-        self.floor.clear()
+        self._clear_floor()
         with ordinary_tensors():
             for component in self.components.values():
                 component.to_host()
@@ -183,9 +183,16 @@ class Enabled(hooks.Attached):
 
     def after_call(self) -> None:
         """However the call ended."""
-        self.floor.clear()
+        self._clear_floor()
         for runtime in self._dit_runtimes():
             runtime.stats()  # which compares the step's time with the predicted one
+
+    def _clear_floor(self) -> None:
+        """Between calls: a forward of this thread that has not ended was interrupted in its end."""
+        for component in self.components.values():
+            if component.runtime is not None:
+                component.runtime.forget_forward()
+        self.floor.clear()
 
     def _dit_runtimes(self) -> list[Any]:
         components = self.components.values()

@@ -89,8 +89,9 @@ def disable(pipe: Any) -> Any:
     if isinstance(pipe, nn.Module):
         del pipe.__dict__[ALONE]
     else:
-        object.__setattr__(pipe, "__class__", ordinary_class(type(pipe)))
+        # First, so that it is not ended twice: without its state the class is as its base.
         del pipe.__dict__[hooks.ATTRIBUTE]
+        object.__setattr__(pipe, "__class__", ordinary_class(type(pipe)))
     return pipe
 
 

@@ -36,17 +36,27 @@ class Floor(hooks.Attached):
 
     def __init__(self) -> None:
         self.tenant: Tenant | None = None
+        self._settled = False  # the tenant is there, all of it
 
     def enter(self, tenant: Tenant) -> None:
-        """Brings a tenant in; whoever stands there goes home first. Nothing if it is there."""
-        if self.tenant is tenant:
+        """Brings a tenant in; whoever stands there goes home first. Nothing if it is there.
+
+        One that was interrupted on its way, in or out, is sent home before anything else.
+        """
+        if self.tenant is tenant and self._settled:
             return
         self.clear()
-        tenant.arrive()
         self.tenant = tenant
+        try:
+            tenant.arrive()
+            self._settled = True
+        except BaseException:
+            self.clear()
+            raise
 
     def clear(self) -> None:
         """Sends the tenant home, if there is one."""
+        self._settled = False
         if self.tenant is not None:
             self.tenant.leave()
             self.tenant = None
@@ -115,6 +125,8 @@ class ComponentHook(hooks.Attached):
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if not self.stays:
+            if self.streamed is not None:
+                self.streamed.forget_forward()  # this module's is over, and so is its part's
             self._clear()
         return output
 
