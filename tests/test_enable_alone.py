@@ -10,6 +10,7 @@ import torch
 
 import wanoffload
 from tests.small_models import MODELS, forward
+from tests.small_pipelines import PIPELINES
 from wanoffload import Hardware, PipelineError, Plan, wrapping
 from wanoffload.facts.look import look
 from wanoffload.hooks import attached
@@ -112,6 +113,10 @@ def test_enabling_twice_and_on_top_of_wrap_are_errors_that_say_what_to_do(on: st
     wrapping.wrap(wrapped, device=on)
     with pytest.raises(PipelineError, match=r"wrapped already.*unwrap"):
         wanoffload.enable(wrapped, hardware=card("80GiB"))
+    pipe = PIPELINES["t2v"].make()
+    wanoffload.enable(pipe.transformer, hardware=card("80GiB"))
+    with pytest.raises(PipelineError, match=r"enabled already, by itself.*disable"):
+        wanoffload.enable(pipe, hardware=card("80GiB"))
     with pytest.raises(PipelineError, match="a transformer"):
         wanoffload.enable("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 

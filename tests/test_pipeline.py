@@ -29,7 +29,7 @@ from wanoffload import (
     wrapping,
 )
 from wanoffload.facts.model import ModelFacts
-from wanoffload.pipelines import acting, components, enabling
+from wanoffload.pipelines import acting, components, enabling, tenancy
 from wanoffload.pipelines.acting import Enabled
 from wanoffload.pipelines.components import (
     PARKED,
@@ -282,12 +282,17 @@ def test_a_component_taken_away_later_is_let_go(planned) -> None:
         prompt, negative = pipe.encode_prompt(
             kind.call()["prompt"], "blurry", max_sequence_length=16
         )
-    pipe.text_encoder = None
+    encoder, pipe.text_encoder = pipe.text_encoder, None
     embeds = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
     none = {"prompt": None, "negative_prompt": None, "output_type": "latent"}
     assert torch.equal(kind.run(pipe, **embeds, **none), expected)
     assert "text_encoder" not in treatments(pipe)
+    assert not tenancy.installed(encoder)
     disable(pipe)
+    pipe.text_encoder = encoder
+    assert torch.equal(kind.run(pipe, output_type="latent"), expected)
+    enable(pipe, hardware=HERE)
+    assert torch.equal(kind.run(pipe, output_type="latent"), expected)
 
 
 def test_a_replaced_or_unwrapped_component_is_refused(planned) -> None:
@@ -868,7 +873,10 @@ def test_another_pipeline_made_of_the_same_components_runs(planned) -> None:
     expected = kind.run(pipe)
     planned(PARKING)
     enable(pipe, hardware=HERE)
-    assert torch.equal(kind.run(WanPipeline(**pipe.components)), expected)
+    other = WanPipeline(**pipe.components)
+    assert torch.equal(kind.run(other), expected)
+    with pytest.raises(PipelineError, match=r"enabled already, .* in another pipeline"):
+        enable(other, hardware=HERE)
     assert torch.equal(kind.run(pipe), expected)
     assert at_home(pipe)
 

@@ -199,10 +199,12 @@ class Enabled(hooks.Attached):
         return [c.runtime for c in components if role(c.name) == DIT and c.runtime is not None]
 
     def _check_components(self, pipe: Any) -> None:
-        """A component that was taken away is let go; one that was replaced is refused."""
+        """A component that was taken away becomes ordinary; one that was replaced is refused."""
         for name, component in list(self.components.items()):
             now = getattr(pipe, name, None)
             if now is None:
+                with ordinary_tensors():
+                    component.release()  # whoever holds it can use it, and give it back later
                 del self.components[name]
             elif now is not component.module:
                 raise PipelineError(

@@ -14,6 +14,7 @@ from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
 from wanoffload.pipelines.acting import Enabled
 from wanoffload.pipelines.enabled_class import enabled_class, ordinary_class, state
+from wanoffload.pipelines.tenancy import installed
 from wanoffload.units import foreign_hook
 from wanoffload.workload import Workload
 
@@ -163,6 +164,11 @@ def _check_module(module: nn.Module) -> None:
 
 
 def _check_component(pipeline: str, name: str, component: nn.Module) -> None:
+    if installed(component) or component.__dict__.get(ALONE) is not None:
+        raise PipelineError(
+            f"{name} of this {pipeline} is enabled already, by itself or in another pipeline: "
+            "this one runs with it as it is; or call wanoffload.disable() on the other first"
+        )
     for module in component.modules():
         if (hook := foreign_hook(module)) is not None:
             raise PipelineError(
