@@ -300,7 +300,8 @@ def test_a_read_that_fails_is_thrown_by_the_acquire_that_needs_it_and_then_retri
     assert len(failures) > 10
     for unit, text in failures:
         assert f"unit {unit} could not be fetched" in text
-        assert "/f, byte " in text and "told to fail" in text
+        assert "/f, byte " in text
+        assert "told to fail" in text
     rig.engine.close()
 
 

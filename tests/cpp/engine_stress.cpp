@@ -82,8 +82,7 @@ class Forwards {
     const double share = random_.one_of<double>({0, 0.1, 0.5});
     for (const int unit : order_) {
       if (!random_.chance(share)) continue;
-      world_.prefetcher().invalidate(unit);
-      world_.rewrite(unit, random_);
+      world_.change(unit, random_)();
     }
     if (random_.chance(0.3)) world_.prefetcher().prefetch();
     if (random_.chance(0.3)) world_.check_bytes_read();
@@ -138,6 +137,8 @@ class Forwards {
     Prefetcher& prefetcher = world_.prefetcher();
     const int unit = held_.back().unit;
     check_throws<UsageError>([&] { prefetcher.invalidate(unit); }, "invalidate a unit in use");
+    check_throws<UsageError>([&] { prefetcher.replace_unit(unit, world_.image(unit)); },
+                             "replace a unit in use");
     check_throws<UsageError>([&] { (void)prefetcher.acquire(-1, stream); }, "acquire unit -1");
     check_throws<UsageError>([&] { (void)prefetcher.acquire(world_.shape().units, stream); },
                              "acquire a unit that is not there");
@@ -185,9 +186,8 @@ class Forwards {
 // A page-locked unit: wait for its reader, (poison,) copy, record; acquire waits, release records.
 void check_steady_calls(World& world, std::uint64_t calls, int forwards) {
   const auto units = static_cast<std::uint64_t>(world.shape().units);
-  const auto filled = world.count_images([](const HostImage& i) { return i.bytes() > 0; });
-  if (world.count_images([](const HostImage& i) { return i.locked() || i.bytes() == 0; }) !=
-      units) {
+  const auto filled = world.count_images([](const Image& i) { return i.bytes() > 0; });
+  if (world.count_images([](const Image& i) { return i.locked() || i.bytes() == 0; }) != units) {
     return;
   }
   const std::uint64_t forward = 4 * units + filled * (world.poison() ? 2U : 1U);
@@ -245,6 +245,7 @@ void check_closed(World& world) {
   check_throws<ClosedError>([&] { (void)prefetcher.acquire(0, 0); }, "acquire when closed");
   check_throws<ClosedError>([&] { prefetcher.release(0, 0, 1); }, "release when closed");
   check_throws<ClosedError>([&] { prefetcher.invalidate(0); }, "invalidate when closed");
+  check_throws<ClosedError>([&] { prefetcher.replace_unit(0, image); }, "replace when closed");
   check_throws<ClosedError>([&] { prefetcher.prefetch(); }, "prefetch when closed");
   check_throws<ClosedError>([&] { (void)prefetcher.add_unit(image); }, "add_unit when closed");
   check_throws<ClosedError>([&] { prefetcher.set_order({}); }, "set_order when closed");

@@ -1,6 +1,7 @@
-// Any call into the backend may fail, and any stream may stall, anywhere in the life of a
-// prefetcher: the error is typed and says what happened, nothing hangs, and what is repeated
-// afterwards is right.
+// Any call into the backend and any read of a file may fail, and any stream may stall, anywhere in
+// the life of a prefetcher: the error is typed and says what happened, nothing hangs, and what is
+// repeated afterwards is right.
+#include <cerrno>
 #include <functional>
 
 #include "check.h"
@@ -79,8 +80,7 @@ class Life {
   void change_some() {
     for (int unit = 0; unit < world_.shape().units; ++unit) {
       if (!random_.chance(0.3)) continue;
-      attempts_.repeat<BackendError>("invalidate", [&] { world_.prefetcher().invalidate(unit); });
-      world_.rewrite(unit, random_);
+      attempts_.repeat<BackendError>("a change", world_.change(unit, random_));
     }
     if (random_.chance(0.3)) world_.prefetcher().prefetch();
   }
@@ -168,6 +168,25 @@ void many_calls_fail(Random& random) {
   life.end(world.stream(0));
 }
 
+// One read of a file fails, or comes back short, in each forward; the backend never does.
+void reads_fail(Random& random) {
+  Shape shape = random_shape(random, 6);
+  shape.file_share = 1;
+  World world(random, shape);
+  Attempts attempts(0);
+  Life life(random, world, attempts);
+  life.begin();
+  for (int turn = random.between(1, 8); turn > 0; --turn) {
+    const int unit = random.between(0, shape.units - 1);
+    const int error = random.one_of<int>({0, EIO, EINVAL, ENOMEM});
+    if (error != 0) attempts.allow_more();
+    world.file(unit)->fail_at(random.between<std::uint64_t>(1, 12), error);
+    life.forward(world.stream(turn));
+    life.change_some();
+  }
+  life.end(world.stream(0));
+}
+
 Shape stalling_shape(Random& random) {
   Shape shape = random_shape(random, 4);
   set_bytes(random, shape, random.between<std::size_t>(1, 4000));
@@ -233,8 +252,7 @@ void stalls_time_out(Random& random) {
     stalling_forward(random, world, patience, world.stream(turn));
     if (random.chance(0.5)) world.prefetcher().prefetch();
     const int unit = random.between(0, world.shape().units - 1);
-    patience.repeat("invalidate", [&] { world.prefetcher().invalidate(unit); });
-    world.rewrite(unit, random);
+    patience.repeat("a change", world.change(unit, random));
   }
   if (random.chance(0.7)) fetch_behind_a_stall(world, patience);
   while (!patience.once("close", [&] { world.close(); })) {
@@ -269,7 +287,7 @@ void a_stalled_fetch_times_out(Random& random) {
 int main(int argc, char** argv) {
   using namespace wanoffload::stress;
   const std::vector<void (*)(Random&)> cases = {every_call_fails_once, many_calls_fail,
-                                                many_calls_fail, stalls_time_out,
-                                                a_stalled_fetch_times_out};
+                                                many_calls_fail,       reads_fail,
+                                                stalls_time_out,       a_stalled_fetch_times_out};
   for (Run run(argc, argv); run.next();) run.random().one_of(cases)(run.random());
 }

@@ -1,8 +1,10 @@
-// A small model on the host backend: images whose bytes are known, slots, streams, a prefetcher,
-// and kernels that read a slot on a compute stream and are checked afterwards.
+// A small model on the host backend: images whose bytes are known, in memory and in files, slots,
+// streams, a prefetcher, and kernels that read a slot on a compute stream and are checked
+// afterwards.
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -10,8 +12,10 @@
 
 #include "backend/host_backend.h"
 #include "check.h"
+#include "file_image.h"
 #include "host_store.h"
 #include "prefetcher.h"
+#include "scratch_file.h"
 
 namespace wanoffload::stress {
 
@@ -19,7 +23,8 @@ struct Shape {
   int units = 1;
   int slots = 1;
   std::size_t slot_bytes = 0;
-  double locked_share = 1;  // of the images
+  double locked_share = 1;  // of the images in memory
+  double file_share = 0;    // of all images
   int streams = 1;          // to compute on; 0: the calling thread
   double copy_jitter_us = 0;
   double kernel_jitter_us = 0;
@@ -31,6 +36,10 @@ inline void set_bytes(Random& random, Shape& shape, std::size_t slot_bytes) {
   shape.slot_bytes = slot_bytes;
   shape.prefetch.engine.ring_chunk_bytes =
       slot_bytes / random.between<std::size_t>(1, 12) + random.between<std::size_t>(1, 2);
+  // So that files are read straight into a chunk.
+  if (slot_bytes >= std::size_t{64} << 10) {
+    shape.prefetch.engine.ring_chunk_bytes = random.one_of<std::size_t>({64 << 10, 68 << 10});
+  }
 }
 
 inline Shape random_shape(Random& random, int most_units) {
@@ -39,8 +48,10 @@ inline Shape random_shape(Random& random, int most_units) {
   shape.slots = random.between(1, 5);
   set_bytes(random, shape,
             random.one_of<std::size_t>({0, 1, 4096, random.between<std::size_t>(1, 500),
-                                        random.between<std::size_t>(1, 9000)}));
+                                        random.between<std::size_t>(1, 9000),
+                                        random.chance(0.2) ? std::size_t{200} << 10 : 4097}));
   shape.locked_share = random.one_of<double>({0, 0.5, 1});
+  shape.file_share = random.one_of<double>({0, 0.5, 1});
   shape.streams = random.between(0, 2);
   if (random.chance(0.6)) shape.copy_jitter_us = random.between(1, 300);
   if (random.chance(0.6)) shape.kernel_jitter_us = random.between(1, 300);
@@ -59,15 +70,7 @@ class World {
             std::make_shared<HostBackend>(HostOptions{0, 0, shape.copy_jitter_us, random.seed()})),
         device_(std::make_shared<HostBackend>(
             HostOptions{0, 0, shape.kernel_jitter_us, random.seed()})) {
-    HostStore store(backend_, {false, 1});
-    for (int unit = 0; unit < shape.units; ++unit) {
-      const std::size_t bytes = random.chance(0.1) ? 0
-                                : random.chance(0.5)
-                                    ? shape.slot_bytes
-                                    : random.between<std::size_t>(0, shape.slot_bytes);
-      units_.push_back({store.allocate(bytes), random.chance(shape.locked_share), random.seed()});
-      write(unit);
-    }
+    for (int unit = 0; unit < shape.units; ++unit) units_.push_back(new_unit(random));
     for (int i = 0; i < shape.slots; ++i) slots_.emplace_back(shape.slot_bytes);
     for (int i = 0; i < shape.streams; ++i) streams_.push_back(std::make_unique<Stream>(device_));
   }
@@ -77,9 +80,7 @@ class World {
 
   // Three steps, each of which the backend may refuse; each can be repeated.
   void lock_images() {
-    for (Unit& unit : units_) {
-      if (unit.locked) unit.image->lock();
-    }
+    for (const Unit& unit : units_) lock(unit);
   }
   void make_prefetcher() {
     std::vector<DeviceAddress> addresses;
@@ -108,15 +109,28 @@ class World {
   void read(int unit, const Acquired& acquired, StreamHandle stream) {
     check_at_most(acquired.slot, shape_.slots - 1, "the slot of a unit");
     Reading& reading =
-        readings_.emplace_back(Reading{unit, units_[index(unit)].key, acquired.slot,
+        readings_.emplace_back(Reading{unit, units_[index(unit)].content, acquired.slot,
                                        std::vector<std::byte>(image(unit)->bytes())});
     device_->copy_to_device(reinterpret_cast<DeviceAddress>(reading.seen.data()),
                             slots_[index(acquired.slot)].data(), reading.seen.size(), stream);
   }
-  // New bytes for a unit whose bytes the engine no longer reads.
-  void rewrite(int unit, Random& random) {
-    units_[index(unit)].key = random.seed();
-    write(unit);
+  // New bytes for a unit: written over those in memory, or in an image of any kind. The change it
+  // returns can be repeated until it goes through.
+  [[nodiscard]] std::function<void()> change(int unit, Random& random) {
+    Unit& old = units_[index(unit)];
+    if (old.memory && random.chance(0.5)) {
+      const auto content = random_content(random, old.image->bytes());
+      return [this, unit, content, &old] {
+        prefetcher_->invalidate(unit);
+        old.content = content;
+        write(*old.memory, *content);
+      };
+    }
+    return [this, unit, fresh = new_unit(random), &old] {
+      lock(fresh);
+      prefetcher_->replace_unit(unit, fresh.image);
+      old = fresh;
+    };
   }
   // What is enqueued on `second` from here on comes behind what is on `first` now.
   void join(StreamHandle first, StreamHandle second) {
@@ -133,7 +147,7 @@ class World {
     }
     for (const Reading& reading : readings_) {
       check_bytes(
-          reading.seen, pattern(reading.key, reading.seen.size()),
+          reading.seen, *reading.wanted,
           "unit " + std::to_string(reading.unit) + " in slot " + std::to_string(reading.slot));
     }
     readings_.clear();
@@ -161,10 +175,12 @@ class World {
   [[nodiscard]] Prefetcher& prefetcher() { return *prefetcher_; }
   // Gives up what close() refused to give back. The images go when the prefetcher lets them.
   void drop_prefetcher() {
-    for (Unit& unit : units_) unit.image.reset();
+    for (Unit& unit : units_) unit = {};
     prefetcher_.reset();
   }
-  [[nodiscard]] const HostImagePtr& image(int unit) const { return units_[index(unit)].image; }
+  [[nodiscard]] const ImagePtr& image(int unit) const { return units_[index(unit)].image; }
+  // A file that a unit is read from, or null.
+  [[nodiscard]] SourceFilePtr file(int unit) const { return units_[index(unit)].file; }
   [[nodiscard]] bool poison() const { return poison_; }
   template <class Predicate>
   [[nodiscard]] std::uint64_t count_images(const Predicate& predicate) const {
@@ -178,22 +194,51 @@ class World {
   }
 
  private:
+  using Content = std::shared_ptr<const std::vector<std::byte>>;
   struct Unit {
-    HostImagePtr image;
-    bool locked;
-    std::uint64_t key;  // of its bytes now
+    ImagePtr image;
+    HostImagePtr memory;  // the same, if it is one in memory
+    bool to_lock = false;
+    SourceFilePtr file;
+    Content content;  // its bytes now
   };
   struct Reading {
     int unit;
-    std::uint64_t key;
+    Content wanted;
     int slot;
     std::vector<std::byte> seen;  // stays where it is when the list grows
   };
 
   static std::size_t index(int number) { return static_cast<std::size_t>(number); }
-  void write(int unit) {
-    const auto content = pattern(units_[index(unit)].key, image(unit)->bytes());
-    std::copy(content.begin(), content.end(), image(unit)->data());
+  static Content random_content(Random& random, std::size_t bytes) {
+    return std::make_shared<const std::vector<std::byte>>(pattern(random.seed(), bytes));
+  }
+  static void write(const HostImage& image, const std::vector<std::byte>& content) {
+    std::copy(content.begin(), content.end(), image.data());
+  }
+  static void lock(const Unit& unit) {
+    if (unit.to_lock) unit.memory->lock();
+  }
+
+  Unit new_unit(Random& random) {
+    const std::size_t bytes = random.chance(0.1) ? 0
+                              : random.chance(0.5)
+                                  ? shape_.slot_bytes
+                                  : random.between<std::size_t>(0, shape_.slot_bytes);
+    return random.chance(shape_.file_share) ? unit_in_files(random, bytes)
+                                            : unit_in_memory(random, bytes);
+  }
+  Unit unit_in_memory(Random& random, std::size_t bytes) {
+    const auto image = HostStore(backend_, {false, 1}).allocate(bytes);
+    const Unit unit{image, image, random.chance(shape_.locked_share), nullptr,
+                    random_content(random, bytes)};
+    write(*image, *unit.content);
+    return unit;
+  }
+  static Unit unit_in_files(Random& random, std::size_t bytes) {
+    ScatteredImage made = scattered_image(random, bytes);
+    return {made.image, nullptr, false, made.file,
+            std::make_shared<const std::vector<std::byte>>(std::move(made.content))};
   }
 
   const Shape shape_;
