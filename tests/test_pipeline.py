@@ -23,6 +23,7 @@ from wanoffload import (
     DeviceMemoryError,
     Hardware,
     HostMemoryError,
+    MoveError,
     PipelineError,
     Workload,
     hooks,
@@ -607,6 +608,37 @@ def test_a_plan_that_fails_at_a_call_leaves_the_pipeline_as_it_was(
             kind.run(pipe, height=48)
     assert treatments(pipe) == before
     assert torch.equal(kind.run(pipe), expected)
+
+
+def test_several_prompts_and_videos_for_each_are_counted() -> None:
+    pipe = PIPELINES["t2v"].make()
+
+    def videos(**changes: Any) -> int:
+        arguments = {**PIPELINES["t2v"].call(), **changes}
+        bound = inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
+        bound.apply_defaults()
+        workload = workload_of(pipe, bound.arguments)
+        assert workload is not None
+        return workload.videos
+
+    assert videos() == 1
+    assert videos(prompt=["a", "b"]) == 2
+    assert videos(prompt=["a", "b"], num_videos_per_prompt=3) == 6
+    assert videos(prompt=None, prompt_embeds=torch.zeros(4, 8, 16)) == 4
+
+
+def test_casting_a_streamed_encoder_is_refused_before_a_part_of_it_is_cast(planned) -> None:
+    pipe = PIPELINES["t2v"].make()
+    expected = PIPELINES["t2v"].run(pipe)
+    before = {name: p.dtype for name, p in pipe.text_encoder.named_parameters()}
+    planned(STREAMING)
+    enable(pipe, hardware=HERE)
+    with pytest.raises(MoveError, match=r"enabled pipeline.*disable"):
+        pipe.text_encoder.to(torch.float64)
+    assert {name: p.dtype for name, p in pipe.text_encoder.named_parameters()} == before
+    assert torch.equal(PIPELINES["t2v"].run(pipe), expected)
+    disable(pipe)
+    assert next(pipe.text_encoder.to(torch.float64).parameters()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(

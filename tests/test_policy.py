@@ -76,6 +76,22 @@ def test_a_resident_step_is_its_flops_over_the_rate_for_both_forwards() -> None:
     assert candidate.step_seconds == pytest.approx(0.78)
 
 
+def test_several_videos_at_once_take_the_weights_once() -> None:
+    two = replace(SMALL, videos=2)
+    assert predicted(Placement(RESIDENT), workload=two).step_seconds == pytest.approx(4 * 0.312)
+    streamed = predicted(Placement(STREAM, 2), workload=two).step_seconds
+    assert 4 * 0.312 <= streamed <= 4 * 0.312 * 1.02
+    only_dit = replace(WAN_14B, vae=None, text_encoder=None)
+    one, both = (predicted(Placement(RESIDENT), only_dit, workload=w) for w in (SMALL, two))
+    assert both.device_peak_bytes - one.device_peak_bytes == 3120 * 100_000
+    with_vae = replace(WAN_14B, text_encoder=None)
+    peaks = [predicted(Placement(STREAM, 1), with_vae, workload=w) for w in (SMALL, two)]
+    assert peaks[1].device_peak_bytes > 1.8 * peaks[0].device_peak_bytes
+    assert "2 at once" in str(two)
+    with pytest.raises(ValueError, match="videos"):
+        replace(SMALL, videos=0)
+
+
 def test_attention_and_traffic_add_to_the_products() -> None:
     dit = replace(
         DIT,

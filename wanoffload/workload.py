@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class Workload:
     """One generation: pixels, frames (1 for an image), denoising steps, scale of guidance.
 
-    Guidance above 1 means two forwards a step, one with the prompt and one without.
+    Guidance above 1 means two forwards a step, one with the prompt and one without. `videos` are
+    made at once: prompts in a list, times the videos for each prompt.
     """
 
     height: int
@@ -18,9 +19,10 @@ class Workload:
     frames: int = 1
     steps: int = 50
     guidance: float = 5.0
+    videos: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "frames", "steps"):
+        for name in ("height", "width", "frames", "steps", "videos"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Workload.{name} is a whole number, 1 or more, not {value!r}")
@@ -34,4 +36,5 @@ class Workload:
         return 2 if self.guidance > 1 else 1
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.frames}"
+        at_once = f", {self.videos} at once" if self.videos > 1 else ""
+        return f"{self.width}x{self.height}x{self.frames}{at_once}"

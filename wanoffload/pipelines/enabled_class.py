@@ -140,6 +140,7 @@ def workload_of(pipe: Any, arguments: Mapping[str, Any]) -> Workload | None:
             frames=_frames(arguments),
             steps=_steps(arguments),
             guidance=_guidance(arguments),
+            videos=_videos(arguments),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -173,3 +174,13 @@ def _guidance(arguments: Mapping[str, Any]) -> float:
     negative = ("negative_prompt", "negative_prompt_embeds")
     given = any(arguments.get(name) is not None for name in negative)
     return float(arguments["true_cfg_scale"]) if given else 1.0
+
+
+def _videos(arguments: Mapping[str, Any]) -> int:
+    """Prompts, times the videos or images for each."""
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    for name in ("num_videos_per_prompt", "num_images_per_prompt"):
+        if arguments.get(name) is not None:
+            return prompts * int(arguments[name])
+    return prompts

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from wanoffload import hooks
+from wanoffload.errors import MoveError
 from wanoffload.pipelines.parking import Parked
 from wanoffload.runtime import Offloader
 
 HF_HOOK = "_hf_hook"
-_OWN_ENTRIES = (HF_HOOK, "__reduce_ex__")
+_OWN_ENTRIES = (HF_HOOK, "__reduce_ex__", "_apply")
 
 
 class Tenant(Protocol):
@@ -141,6 +142,7 @@ def install(module: nn.Module, hook: ComponentHook) -> None:
     """Puts the hook in the way of a component's forward. Copies of the module lose it."""
     module.__dict__[HF_HOOK] = hook
     module.__dict__["__reduce_ex__"] = functools.partial(_reduce, module)
+    module.__dict__["_apply"] = functools.partial(_component_apply, module)
     hooks.hook_forward(module, _component_forward)
 
 
@@ -153,8 +155,8 @@ def uninstall(module: nn.Module) -> None:
     """Takes out what was installed; hooks of others stay."""
     hooks.unhook_forward(module)
     if installed(module):
-        del module.__dict__[HF_HOOK]
-    module.__dict__.pop("__reduce_ex__", None)
+        for name in _OWN_ENTRIES:
+            module.__dict__.pop(name, None)
 
 
 @hooks.ours
@@ -168,6 +170,23 @@ def _component_forward(module: nn.Module, inner: Any, /, *args: Any, **kwargs: A
     finally:
         hook.post_forward(module, None)
     return output
+
+
+@hooks.ours
+def _component_apply(module: nn.Module, /, fn: Any, recurse: bool = True) -> nn.Module:
+    """Takes the place of `_apply` (`.to()`, `.half()`): refused before a part of it is changed."""
+    hook = module.__dict__.get(HF_HOOK)
+    if isinstance(hook, ComponentHook) and hook.streamed is not None:
+        try:
+            hook.streamed.check_move(fn)
+        except MoveError:
+            raise MoveError(
+                f"this {type(module).__name__} is part of an enabled pipeline, and its blocks are "
+                "streamed: it can't be moved to another device or cast. Call "
+                "wanoffload.disable(pipe) first."
+            ) from None
+    changed: nn.Module = type(module)._apply(module, fn, recurse)
+    return changed
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Callable[..., Any], Any, dict[str, Any]]:

@@ -158,7 +158,8 @@ def predict(
 ) -> Candidate:
     """What a generation takes with this placement, on a machine whose rates are all known."""
     tokens = facts.tokens(workload) if workload else 0
-    activations = max((_activations(dit, tokens) for dit in facts.dits), default=0)
+    videos = workload.videos if workload else 1
+    activations = videos * max((_activations(dit, tokens) for dit in facts.dits), default=0)
     weights = _weights_while_denoising(facts, placement)
     stages = [
         Stage(weights + _standing(facts, around), activations),
@@ -249,7 +250,7 @@ def _other_stages(
 def _image_activations(component: ComponentFacts, workload: Workload | None) -> int:
     if workload is None:
         return 0
-    pixels = workload.height * workload.width
+    pixels = workload.height * workload.width * workload.videos
     return round(
         pixels * component.activation_bytes_per_pixel
         + pixels * workload.frames * component.activation_bytes_per_voxel
@@ -281,7 +282,7 @@ def _step_seconds(
     """Seconds of one denoising step, of the slower expert; moves are spread over all steps."""
     if workload is None or not facts.dits:
         return None
-    times = [_forward(dit, placement, tokens, machine) for dit in facts.dits]
+    times = [_forward(dit, placement, tokens, workload.videos, machine) for dit in facts.dits]
     known = [time for time in times if time is not None]
     if len(known) < len(times):
         return None
@@ -296,9 +297,14 @@ def _link_seconds(nbytes: int, machine: Hardware) -> float:
     return nbytes / (_rate(machine.link_gb_per_s) * 1e9)
 
 
-def _forward(dit: DitFacts, placement: Placement, tokens: int, machine: Hardware) -> float | None:
-    compute = forward_seconds(dit, tokens, machine)
-    if compute is None or placement.kind != STREAM:
+def _forward(
+    dit: DitFacts, placement: Placement, tokens: int, videos: int, machine: Hardware
+) -> float | None:
+    alone = forward_seconds(dit, tokens, machine)
+    if alone is None:
+        return None
+    compute = videos * alone  # the weights come once for all of them
+    if placement.kind != STREAM:
         return compute
     assert placement.prefetch is not None
     return _streamed(compute, _link_seconds(sum(dit.block_bytes), machine), placement.prefetch)
