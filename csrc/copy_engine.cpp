@@ -98,9 +98,14 @@ void CopyEngine::drain() {
   synchronize(*backend_, idle_.handle(), options_.timeout);
 }
 
+// What one chunk of the ring holds of this transfer.
+std::size_t CopyEngine::piece_bytes(const Transfer& transfer) const {
+  return transfer.image->piece_bytes(ring_->chunk_bytes());
+}
+
 std::size_t CopyEngine::chunks_of(const Transfer& transfer) const {
-  const std::size_t chunk = ring_->chunk_bytes();
-  return (transfer.image->bytes() + chunk - 1) / chunk;
+  const std::size_t piece = piece_bytes(transfer);
+  return (transfer.image->bytes() + piece - 1) / piece;
 }
 
 void CopyEngine::work() {
@@ -130,11 +135,13 @@ std::optional<CopyEngine::Task> CopyEngine::take_task() {
 
 // Reads without a lock, then waits for its turn: chunks are enqueued in the order they were taken.
 void CopyEngine::carry_out(const Task& task) {
-  const std::size_t offset = task.chunk * ring_->chunk_bytes();
-  const std::size_t bytes = std::min(ring_->chunk_bytes(), task.transfer->image->bytes() - offset);
+  const Image& image = *task.transfer->image;
+  const std::size_t offset = task.chunk * piece_bytes(*task.transfer);
+  const std::size_t bytes = std::min(piece_bytes(*task.transfer), image.bytes() - offset);
+  std::size_t lead = 0;
   if (task.buffer.data != nullptr) {
     try {
-      task.transfer->image->read(offset, bytes, task.buffer.data);
+      lead = image.read_piece(offset, bytes, task.buffer.data, ring_->chunk_bytes());
     } catch (...) {
       settle(*task.transfer, std::current_exception());
     }
@@ -149,7 +156,7 @@ void CopyEngine::carry_out(const Task& task) {
       if (failed_earlier) {
         ring_->give_back(task.buffer);
       } else {
-        enqueue(task, offset, bytes);
+        enqueue(task, offset, bytes, lead);
       }
     } catch (...) {
       error = std::current_exception();
@@ -164,11 +171,12 @@ void CopyEngine::carry_out(const Task& task) {
   changed_.notify_all();
 }
 
-void CopyEngine::enqueue(const Task& task, std::size_t offset, std::size_t bytes) {
+void CopyEngine::enqueue(const Task& task, std::size_t offset, std::size_t bytes,
+                         std::size_t lead) {
   bool enqueued = false;
   try {
     if (task.chunk == 0) begin(*task.transfer);
-    backend_->copy_to_device(task.transfer->destination + offset, task.buffer.data, bytes,
+    backend_->copy_to_device(task.transfer->destination + offset, task.buffer.data + lead, bytes,
                              stream());
     enqueued = true;
     ring_->send(task.buffer, stream());

@@ -104,8 +104,9 @@ class CopyEngine {
   void work();
   [[nodiscard]] std::optional<Task> take_task();
   void carry_out(const Task& task);
-  void enqueue(const Task& task, std::size_t offset, std::size_t bytes);
+  void enqueue(const Task& task, std::size_t offset, std::size_t bytes, std::size_t lead);
   void settle(Transfer& transfer, std::exception_ptr error);
+  [[nodiscard]] std::size_t piece_bytes(const Transfer& transfer) const;
   [[nodiscard]] std::size_t chunks_of(const Transfer& transfer) const;
 
   static constexpr int kNoPoison = -1;

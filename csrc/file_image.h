@@ -11,8 +11,9 @@
 namespace wanoffload {
 
 // Made of extents of one or more files; bytes that no extent holds (the padding between tensors)
-// read as zeros. Holds no bytes itself: an extent that does not stand in its file as it will in
-// memory, modulo 4096, passes a buffer of 4 MiB of the thread that reads it.
+// read as zeros. Holds no bytes itself. With O_DIRECT, a piece within one extent is read straight
+// into the ring's chunk; a piece of several extents, and whatever read() brings, only where file
+// and memory are alike modulo 4096, else through a buffer of 4 MiB of the thread that reads it.
 class FileImage final : public Image {
  public:
   // Throws what checked_extents throws.
@@ -22,9 +23,17 @@ class FileImage final : public Image {
   [[nodiscard]] bool direct() const;
   [[nodiscard]] const std::byte* locked_data() const override { return nullptr; }
   void read(std::size_t offset, std::size_t bytes, std::byte* destination) const override;
+  [[nodiscard]] std::size_t read_piece(std::size_t offset, std::size_t bytes, std::byte* chunk,
+                                       std::size_t chunk_bytes) const override;
+  // Less than a chunk by a block, where chunks are whole blocks: there is room for ragged ends.
+  [[nodiscard]] std::size_t piece_bytes(std::size_t chunk_bytes) const override;
 
  private:
-  const std::vector<FileExtent> extents_;  // in the order of the image
+  using Extents = std::vector<FileExtent>;
+  // The first that ends behind this byte of the image.
+  [[nodiscard]] Extents::const_iterator extent_at(std::size_t offset) const;
+
+  const Extents extents_;  // in the order of the image
 };
 
 using FileImagePtr = std::shared_ptr<FileImage>;

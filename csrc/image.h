@@ -24,6 +24,19 @@ class Image {
   // is in `destination` then means nothing.
   virtual void read(std::size_t offset, std::size_t bytes, std::byte* destination) const = 0;
 
+  // The same for a chunk of the ring, all of which may be written: puts the bytes anywhere into it
+  // and returns where they begin. A file is read in whole blocks like that, without a copy.
+  [[nodiscard]] virtual std::size_t read_piece(std::size_t offset, std::size_t bytes,
+                                               std::byte* chunk, std::size_t chunk_bytes) const {
+    (void)chunk_bytes;
+    read(offset, bytes, chunk);
+    return 0;
+  }
+  // How many bytes to ask of read_piece at once for chunks of this size. Always the same answer.
+  [[nodiscard]] virtual std::size_t piece_bytes(std::size_t chunk_bytes) const {
+    return chunk_bytes;
+  }
+
  private:
   const std::size_t bytes_;
 };

@@ -15,7 +15,8 @@
 namespace wanoffload {
 namespace {
 
-constexpr std::size_t kBounceBytes = std::size_t{4} << 20;
+// Any 4 MiB, with the blocks that they begin and end in.
+constexpr std::size_t kBounceBytes = (std::size_t{4} << 20) + 2 * kDirectAlignment;
 // Below this, one copy costs less than a read of its own for each ragged end.
 constexpr std::size_t kLeastStraight = std::size_t{64} << 10;
 
@@ -118,6 +119,24 @@ ssize_t SourceFile::read_once(const Descriptor& file, std::size_t offset, std::s
     fail(offset, "could not be read: " + text_of(error) +
                      (told_to_fail ? ", told to fail at read " + std::to_string(number) : ""));
   }
+}
+
+std::size_t SourceFile::read_blocks(std::size_t offset, std::size_t bytes, std::byte* chunk) const {
+  if (!direct_) {
+    read(offset, bytes, chunk, ReadBy::kPageCache);
+    return 0;
+  }
+  // Whatever becomes of direct_ meanwhile, the bytes stand behind this lead.
+  const std::size_t lead = offset - round_down(offset);
+  read_aligned(offset - lead, round_up(lead + bytes), lead + bytes, chunk);
+  check_unchanged(offset);
+  return lead;
+}
+
+bool fits_in_blocks(std::size_t offset, std::size_t bytes, const std::byte* memory,
+                    std::size_t memory_bytes) {
+  return reinterpret_cast<std::uintptr_t>(memory) % kDirectAlignment == 0 &&
+         round_up(offset + bytes) - round_down(offset) <= memory_bytes;
 }
 
 void SourceFile::read_buffered(std::size_t offset, std::size_t bytes,

@@ -55,6 +55,12 @@ class SourceFile {
   // modification is not what it was when it was opened.
   void read(std::size_t offset, std::size_t bytes, std::byte* destination, ReadBy by) const;
 
+  // The same past the page cache, in whole blocks: what is read around the bytes is written too.
+  // `chunk` must be one that fits_in_blocks. Returns where in it the bytes begin. Buffered where
+  // O_DIRECT is not to be had.
+  [[nodiscard]] std::size_t read_blocks(std::size_t offset, std::size_t bytes,
+                                        std::byte* chunk) const;
+
   // For tests: the n-th read from now on (1 is the next; one call of read() makes one or more)
   // answers with this error, once; with 0 it comes back with half of what was asked for. nth_read 0
   // takes that back.
@@ -95,6 +101,10 @@ class SourceFile {
   mutable std::mutex mutex_;
   mutable std::string refusal_;  // guarded by mutex_
 };
+
+// Whether the blocks that hold these bytes of a file fit into this memory, aligned.
+[[nodiscard]] bool fits_in_blocks(std::size_t offset, std::size_t bytes, const std::byte* memory,
+                                  std::size_t memory_bytes);
 
 using SourceFilePtr = std::shared_ptr<SourceFile>;
 

@@ -26,7 +26,9 @@ from wanoffload._C import (
 from wanoffload.runtime import SlotMemory
 
 CHUNK = 128 << 10  # large enough to be read straight into the ring
-SIZES = [0, 1, 4095, 4096, 4097, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+PIECE = CHUNK - 4096  # of a file, in a chunk of whole blocks
+EDGES = [edge + more for edge in (4096, PIECE, CHUNK) for more in (-1, 0, 1)]
+SIZES = [0, 1, *EDGES, 3 * CHUNK + 5]
 Extent = tuple[SourceFile, int, int, int]
 
 
@@ -80,7 +82,9 @@ def random_layout(chance: random.Random, files: list[tuple[SourceFile, bytes]]) 
 class Rig:
     """An engine on the host backend whose units are images of any kind."""
 
-    def __init__(self, slots: int, depth: int, slot_bytes: int = 16 * CHUNK) -> None:
+    def __init__(
+        self, slots: int, depth: int, slot_bytes: int = 16 * CHUNK, chunk: int = CHUNK
+    ) -> None:
         self.backend = HostBackend()
         self.memory = SlotMemory(slots, slot_bytes, torch.device("cpu"))
         self.engine = Prefetcher(
@@ -90,7 +94,7 @@ class Rig:
             self.memory.memory,
             depth=depth,
             ring_chunks=4,
-            ring_chunk_bytes=CHUNK,
+            ring_chunk_bytes=chunk,
             threads=3,
             timeout_ms=20_000,
         )
@@ -199,6 +203,34 @@ def test_what_stands_alike_is_read_straight_and_the_rest_through_a_buffer(tmp_pa
         FileImage([(file, start, nbytes, 0)], nbytes).read(0, nbytes, image.address)
         assert bytes(memoryview(image)) == content[start : start + nbytes]
         assert file.reads == reads
+
+
+def test_the_ring_takes_whole_blocks_wherever_the_bytes_begin(tmp_path: Path) -> None:
+    """Nine MiB in one chunk of ten: one read, not three through a buffer."""
+    nbytes = 9 << 20
+    content = a_file(tmp_path / "f", nbytes + 4101)
+    rig = Rig(slots=1, depth=0, slot_bytes=nbytes, chunk=10 << 20)
+    for unit, start in enumerate((0, 8, 4095, 4101)):
+        file = SourceFile(str(tmp_path / "f"), direct=True)
+        if not file.direct:
+            pytest.skip(f"this filesystem refuses O_DIRECT: {file.direct_refusal}")
+        rig.engine.add_unit(FileImage([(file, start, nbytes, 0)], nbytes))
+        assert rig.use(unit, nbytes) == content[start : start + nbytes]
+        assert file.reads == 1
+    rig.engine.close()
+
+
+def test_o_direct_refused_in_the_middle_changes_no_byte(tmp_path: Path) -> None:
+    nbytes = 20 * CHUNK
+    content = a_file(tmp_path / "f", nbytes + 100)
+    for nth in range(1, 9):
+        file = SourceFile(str(tmp_path / "f"), direct=True)
+        file.fail_at(nth, errno.EINVAL if file.direct else 0)
+        rig = Rig(slots=1, depth=0, slot_bytes=nbytes)
+        rig.engine.add_unit(FileImage([(file, 100, nbytes, 0)], nbytes))
+        assert rig.use(0, nbytes) == content[100:]
+        assert not file.direct
+        rig.engine.close()
 
 
 def test_a_filesystem_without_o_direct_is_read_buffered_and_says_so(tmp_path: Path) -> None:
@@ -320,17 +352,17 @@ def test_a_fill_that_fails_is_thrown_and_another_one_is_right(tmp_path: Path, di
 def test_files_are_read_ahead_while_the_slot_they_are_for_is_still_being_read(
     tmp_path: Path,
 ) -> None:
-    content = a_file(tmp_path / "f", 4 * CHUNK)
+    content = a_file(tmp_path / "f", 4 * PIECE)
     file = SourceFile(str(tmp_path / "f"), direct=False)
-    rig = Rig(slots=1, depth=1, slot_bytes=2 * CHUNK)
+    rig = Rig(slots=1, depth=1, slot_bytes=2 * PIECE)
     for unit in range(2):
-        rig.engine.add_unit(FileImage([(file, unit * 2 * CHUNK, 2 * CHUNK, 0)], 2 * CHUNK))
+        rig.engine.add_unit(FileImage([(file, unit * 2 * PIECE, 2 * PIECE, 0)], 2 * PIECE))
     slow = HostBackend(latency_us=400_000)
     stream, event = slow.create_stream(), slow.create_event()
     slot, generation = rig.engine.acquire(0, stream)
-    seen = torch.zeros(2 * CHUNK, dtype=torch.uint8)
-    source = rig.memory.window(slot, 2 * CHUNK).data_ptr()
-    slow.copy_to_device(seen.data_ptr(), source, 2 * CHUNK, stream)
+    seen = torch.zeros(2 * PIECE, dtype=torch.uint8)
+    source = rig.memory.window(slot, 2 * PIECE).data_ptr()
+    slow.copy_to_device(seen.data_ptr(), source, 2 * PIECE, stream)
     slow.record(event, stream)
     rig.engine.release(0, stream, generation)
     deadline = time.monotonic() + 0.3
@@ -338,8 +370,8 @@ def test_files_are_read_ahead_while_the_slot_they_are_for_is_still_being_read(
         time.sleep(0.005)
     assert file.reads == 4
     assert not slow.is_complete(event)
-    assert rig.use(1, 2 * CHUNK) == content[2 * CHUNK :]
-    assert bytes(seen.numpy()) == content[: 2 * CHUNK]
+    assert rig.use(1, 2 * PIECE) == content[2 * PIECE :]
+    assert bytes(seen.numpy()) == content[: 2 * PIECE]
     rig.engine.close()
     slow.destroy_event(event)
     slow.destroy_stream(stream)

@@ -49,7 +49,7 @@ inline Shape random_shape(Random& random, int most_units) {
   set_bytes(random, shape,
             random.one_of<std::size_t>({0, 1, 4096, random.between<std::size_t>(1, 500),
                                         random.between<std::size_t>(1, 9000),
-                                        random.chance(0.2) ? std::size_t{200} << 10 : 4097}));
+                                        random.chance(0.5) ? std::size_t{200} << 10 : 4097}));
   shape.locked_share = random.one_of<double>({0, 0.5, 1});
   shape.file_share = random.one_of<double>({0, 0.5, 1});
   shape.streams = random.between(0, 2);
