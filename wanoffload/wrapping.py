@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from wanoffload import hooks, host_memory, image
@@ -17,7 +17,8 @@ from wanoffload.binding import Binding
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.runtime import Offloader, SlotMemory, backend_for
-from wanoffload.units import Unit, check_wrappable, find_units, tie_key
+from wanoffload.units import Unit, check_wrappable, find_units
+from wanoffload.weights import OwnTensors, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -85,24 +86,45 @@ def stream(
     (LEAVE): then the caller brings it to the device before each forward. `progress`: a bar that
     counts the bytes of the blocks, instead of one of its own.
     """
-    _check_arguments(module, prefetch, host, verify)
+    _check_module(module)
+    check_options(prefetch, host, verify)
     assert rest in (MOVE, LEAVE)
     check_wrappable(module)
     target = resolve_device(device)
+    weights = OwnTensors(module, target, move_others=rest == MOVE)
+    return start(module, weights, prefetch, target, host=host, verify=verify, progress=progress)
+
+
+def start(
+    module: nn.Module,
+    weights: Weights,
+    prefetch: int,
+    device: torch.device,
+    *,
+    host: str,
+    verify: bool,
+    progress: tqdm[NoReturn] | None = None,
+    title: str = "wrap",
+) -> Offloader:
+    """Brings `weights` to their places and the module's hooks to theirs. Internal.
+
+    Whatever fails, `weights` is undone, and nothing stays. `progress`: as of `stream`, else a bar
+    of this title.
+    """
     found = find_units(module)
-    backend = backend_for(target)
-    with ordinary_tensors(), _bar(progress, found) as bar:
-        return _Wrapping(module, found, target, backend, host, prefetch, verify, rest, bar).run()
+    backend = backend_for(device)
+    with ordinary_tensors(), _bar(progress, found, title) as bar:
+        return _Wrapping(module, weights, found, device, backend, host, prefetch, verify, bar).run()
 
 
 @contextmanager
-def _bar(given: tqdm[NoReturn] | None, found: list[Unit]) -> Iterator[tqdm[NoReturn]]:
+def _bar(given: tqdm[NoReturn] | None, found: list[Unit], title: str) -> Iterator[tqdm[NoReturn]]:
     """The caller's progress bar, or one over the bytes of the blocks."""
     if given is not None:
         yield given
         return
     total = sum(group[0].tensor.nbytes for unit in found for group in unit.groups)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="wrap", leave=False, delay=1.0) as own:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title, leave=False, delay=1.0) as own:
         yield own
 
 
@@ -133,7 +155,7 @@ def offloader(transformer: nn.Module) -> Offloader:
     return runtime
 
 
-def _check_arguments(transformer: nn.Module, prefetch: int, host: str, verify: bool) -> None:
+def _check_module(transformer: nn.Module) -> None:
     if not isinstance(transformer, nn.Module):
         raise WrapError(
             f"wrap() takes a transformer (an nn.Module), not a {type(transformer).__name__}; of a "
@@ -146,6 +168,10 @@ def _check_arguments(transformer: nn.Module, prefetch: int, host: str, verify: b
                 f"this {type(transformer).__name__} is already wrapped ({where}). Call "
                 "wanoffload.unwrap() first to wrap it in another way or on another device."
             )
+
+
+def check_options(prefetch: int, host: str, verify: bool) -> None:
+    """Raises WrapError for an option of `wrap` and `load` that can't be used."""
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise WrapError(f"prefetch is a number of blocks, 0 or more, not {prefetch!r}")
     if host not in HOST_KINDS:
@@ -176,67 +202,49 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
 
 
 class _Wrapping:
-    """One call of `wrap`: everything it has changed so far, so that it can be taken back."""
+    """One call of `wrap` or `load`: what it has made so far, so that it can be taken back."""
 
     def __init__(
         self,
         model: nn.Module,
+        weights: Weights,
         found: list[Unit],
         device: torch.device,
         backend: Backend,
         host: str,
         prefetch: int,
         verify: bool,
-        rest: str,
         progress: tqdm[NoReturn],
     ) -> None:
         self.model = model
+        self.weights = weights
         self.units = found
         self.device = device
         self.backend = backend
         self.lock = host == "pinned"
         self.prefetch = prefetch
         self.verify = verify
-        self.rest = rest
         self.progress = progress
         self.layouts = [
             image.lay_out((group[0].name, group[0].tensor) for group in unit.groups)
             for unit in found
         ]
-        self.moved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self.runtime: Offloader | None = None
         self.bound: list[Binding] = []
-        self.sources: list[list[torch.device]] = []
 
     def run(self) -> Offloader:
-        self._check_host_memory()
         try:
+            self.weights.prepare(self.units, self.layouts)
             self._make_runtime()
-            self._move_others()
-            self._move_units()
+            self._place_others()
+            self._write_units()
             self._connect()
         except BaseException:
             self._take_back()
             raise
-        if self.device.type == "cuda" and self._units_were_on_device():
-            torch.cuda.empty_cache()  # the blocks' memory belongs to others now
+        self.weights.finish()
         assert self.runtime is not None
         return self.runtime
-
-    def _units_were_on_device(self) -> bool:
-        return any(d.type == "cuda" for devices in self.sources for d in devices)
-
-    def _check_host_memory(self) -> None:
-        """What is still to be taken: blocks on the host are moved one at a time, not copied."""
-        tensors = [group[0].tensor for unit in self.units for group in unit.groups]
-        added = host_memory.bytes_not_given_back(tensors)
-        largest = max(layout.nbytes for layout in self.layouts)
-        total = sum(layout.nbytes for layout in self.layouts)
-        host_memory.require(
-            added + largest,
-            f"wrapping {type(self.model).__name__} ({len(self.units)} blocks of "
-            f"{total / 1e9:.2f} GB in all, moved one at a time)",
-        )
 
     def _make_runtime(self) -> None:
         slot_bytes = max(layout.nbytes for layout in self.layouts)
@@ -249,46 +257,28 @@ class _Wrapping:
             verify=self.verify,
         )
 
-    def _move_others(self) -> None:
-        """Brings to the device what is not streamed: other weights, all buffers. Ties stay ties.
-
-        Weights that are left where they are (`rest`) are only noted.
-        """
+    def _place_others(self) -> None:
+        """What is not streamed: it is noted, so that what is added later is told from it."""
         assert self.runtime is not None
         streamed = {
             id(entry.tensor) for unit in self.units for group in unit.groups for entry in group
         }
-        done: dict[object, Tensor] = {}
         for owner in self.model.modules():
             for key, parameter in owner._parameters.items():
-                if parameter is None or id(parameter) in streamed:
-                    continue
-                self.runtime.residents.add((id(owner), key))
-                if self.rest == MOVE and parameter.device != self.device:
-                    self.moved.append((owner, key, parameter, parameter.data))
-                    kin = tie_key(parameter)
-                    if kin not in done:
-                        done[kin] = parameter.data.to(self.device)
-                    parameter.data = done[kin]
-            for key, buffer in owner._buffers.items():
-                if self.rest == LEAVE or buffer is None:
-                    continue
-                if buffer.device != self.device:
-                    self.moved.append((owner, key, buffer, buffer))
-                    owner._buffers[key] = buffer.to(self.device)
+                if parameter is not None and id(parameter) not in streamed:
+                    self.runtime.residents.add((id(owner), key))
+        self.weights.place_others(streamed)
 
-    def _move_units(self) -> None:
+    def _write_units(self) -> None:
         assert self.runtime is not None
         store = HostStore(self.backend)
         for unit, layout in zip(self.units, self.layouts, strict=True):
             host_memory.require(layout.nbytes, f"the image of {unit.name}")
             memory = store.allocate(layout.nbytes)
-            tensors = [group[0].tensor for group in unit.groups]
-            self.sources.append([tensor.device for tensor in tensors])
-            image.write_image(memory, layout, tensors, self.lock)
+            self.weights.write(unit, layout, memory, self.lock)
             self.bound.append(Binding(self.runtime, unit, layout, memory))
             self.bound[-1].make_weights()
-            self.progress.update(sum(tensor.nbytes for tensor in tensors))
+            self.progress.update(sum(spec.nbytes for spec in layout.specs))
 
     def _connect(self) -> None:
         assert self.runtime is not None
@@ -300,7 +290,7 @@ class _Wrapping:
         self.runtime.start()
 
     def _take_back(self) -> None:
-        """The model as it was: weights where they were, no hooks, nothing page-locked."""
+        """No hooks, nothing page-locked, and the weights undone."""
         hooks.remove(self.model)
         for unit in self.units:
             hooks.remove(unit.module)
@@ -308,17 +298,4 @@ class _Wrapping:
             if self.runtime is not None:
                 self.runtime.close()
         finally:
-            self._give_back_weights()
-
-    def _give_back_weights(self) -> None:
-        for binding, devices in zip(self.bound, self.sources, strict=False):
-            binding.image.unlock()
-            binding.give_back()
-            for group, device in zip(binding.unit.groups, devices, strict=True):
-                parameter = group[0].tensor
-                parameter.data = parameter.data.to(device)
-        for owner, key, tensor, data in reversed(self.moved):
-            if key in owner._buffers:
-                owner._buffers[key] = tensor
-            else:
-                tensor.data = data
+            self.weights.undo(self.bound)
