@@ -404,6 +404,7 @@ class Odd(ModelMixin, ConfigMixin):
         self.wide = nn.Parameter(torch.ones(width, dtype=torch.float64))
         self.tied = nn.Linear(width, width)
         self.tied.weight = self.other_kept.weight
+        self.frozen = nn.Parameter(torch.ones(width), requires_grad=False)
         self.empty = nn.Parameter(torch.ones(0, width))
         self.register_buffer("saved", torch.ones(width))
         self.register_buffer("count", torch.ones(1, dtype=torch.int64))
@@ -426,6 +427,7 @@ def odd_state() -> dict[str, torch.Tensor]:
         "wide_of_old": values[2].clone(),
         "tied.weight": values + 1,
         "tied.bias": torch.arange(4),
+        "frozen": values[1] + 2,
         "empty": torch.ones(0, 4),
         "saved": values[3].clone(),
         "count": torch.tensor([3]),
@@ -445,7 +447,10 @@ def test_the_rules_for_odd_tensors_are_those_of_from_pretrained(
 ) -> None:
     save_odd(tmp_path)
     expected = Odd.from_pretrained(tmp_path, torch_dtype=dtype)
-    assert_same(filled(describe(Odd, Checkpoint.open(tmp_path), dtype)), expected)
+    described = describe(Odd, Checkpoint.open(tmp_path), dtype)
+    for name, parameter in described.module.named_parameters():
+        assert parameter.stride() == expected.get_parameter(name).stride()
+    assert_same(filled(described), expected)
 
 
 def test_float8_reaches_the_buffers_of_classes_that_keep_nothing(

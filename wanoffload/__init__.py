@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         WrapError,
     )
     from wanoffload.facts.model import ModelFacts
+    from wanoffload.loading.loader import load
     from wanoffload.machine.hardware import Hardware
     from wanoffload.pipelines.enabling import disable, enable
     from wanoffload.policy.planning import Plan, plan
@@ -68,6 +69,7 @@ __all__ = [
     "WrapError",
     "disable",
     "enable",
+    "load",
     "offloader",
     "plan",
     "unwrap",
@@ -83,6 +85,7 @@ _MODULE_OF = {
     "Workload": "workload",
     "disable": "pipelines.enabling",
     "enable": "pipelines.enabling",
+    "load": "loading.loader",
     "offloader": "wrapping",
     "plan": "policy.planning",
     "unwrap": "wrapping",

@@ -55,7 +55,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             start = opened.read(8)
-            length = _header_length(file, start + opened.read(32), size)
+            length = _header_length(file, start + opened.read(32))
             opened.seek(8)
             text = opened.read(length)
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{file} can't be read: {error}") from error
     if len(text) < length:
-        _incomplete(file, f"its header has {length} bytes, and only {len(text)} could be read")
+        _incomplete(file, f"Its header ends at byte {8 + length}, the file at byte {size}")
     tensors = [_tensor(file, name, row, 8 + length) for name, row in _rows(file, text).items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_places(file, tensors, 8 + length, size)
@@ -78,8 +78,8 @@ def _incomplete(file: Path, reason: str) -> NoReturn:
     raise CheckpointError(f"{file} can't be read, is it complete? {reason}")
 
 
-def _header_length(file: Path, start: bytes, size: int) -> int:
-    """`start`: the first bytes of the file, `size`: of the file."""
+def _header_length(file: Path, start: bytes) -> int:
+    """`start`: the first bytes of the file."""
     if start.startswith(_LFS_POINTER):
         raise CheckpointError(
             f"{file} is a pointer of git-lfs and not the weights themselves: run `git lfs pull` in "
@@ -90,8 +90,6 @@ def _header_length(file: Path, start: bytes, size: int) -> int:
     length = int.from_bytes(start[:8], "little")
     if length > LARGEST_HEADER:
         _broken(file, f"its header would have {length} bytes; {LARGEST_HEADER} are permitted")
-    if 8 + length > size:
-        _incomplete(file, f"Its header ends at byte {8 + length}, the file at byte {size}")
     return length
 
 

@@ -1,0 +1,150 @@
+"""The weights of a described model: read from its files, each once, to where it stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wanoffload import host_memory, image
+from wanoffload._C import HostBackend, HostImage, HostStore, SourceFile, TransferError
+from wanoffload.binding import Binding
+from wanoffload.errors import CheckpointError
+from wanoffload.image import ImageLayout, TensorSpec
+from wanoffload.loading.describing import Described, torch_dtype_of
+from wanoffload.loading.header import read_header
+from wanoffload.units import Unit
+
+Extent = tuple[SourceFile, int, int, int]
+
+
+class StoredWeights:
+    """Blocks go straight into their images, all other weights to the device: `wanoffload.weights`.
+
+    What is stored in another dtype passes through one buffer of host memory, of the size of the
+    largest such tensor, and so do those that go to the device. Files are open from `prepare` to
+    `finish` or `undo`; one that changes meanwhile is an error, from whichever read comes next.
+    """
+
+    def __init__(self, described: Described, device: torch.device) -> None:
+        self._module = described.module
+        self._stored = described.stored
+        self._dtypes = described.dtypes
+        self._device = device
+        self._store = HostStore(HostBackend())
+        self._buffer: HostImage | None = None
+        self._files: dict[Path, SourceFile] = {}
+
+    def prepare(self, units: list[Unit], layouts: list[ImageLayout]) -> None:
+        """Opens the files, and raises HostMemoryError if the model will not fit."""
+        self._require_memory(units, layouts)
+        for path in sorted({tensor.file for tensor in self._stored.values()}):
+            self._files[path] = SourceFile(str(path))
+            self._check_same(path)
+
+    def _check_same(self, path: Path) -> None:
+        """The file that is open is the one whose header was read."""
+        found = read_header(path)
+        known = [tensor for tensor in self._stored.values() if tensor.file == path]
+        if any(found.get(tensor.name) != tensor for tensor in known):
+            raise CheckpointError(f"{path} was replaced while it was being loaded")
+
+    def _require_memory(self, units: list[Unit], layouts: list[ImageLayout]) -> None:
+        blocks = sum(layout.nbytes for layout in layouts)
+        streamed = set(_names(units))
+        others = [name for name in self._stored if name not in streamed]
+        through_buffer = [*others, *(name for name in streamed if self._is_cast(name))]
+        buffer = max((self._stored[name].nbytes for name in through_buffer), default=0)
+        resident = sum(self._bytes_of(name) for name in others)
+        on_host = blocks + buffer + (resident if self._device.type == "cpu" else 0)
+        host_memory.require(
+            on_host,
+            f"loading {type(self._module).__name__} ({len(units)} blocks of {blocks / 1e9:.2f} GB "
+            "in all)",
+        )
+
+    def place_others(self, streamed: set[int]) -> None:
+        for prefix, owner in self._module.named_modules():
+            dot = f"{prefix}." if prefix else ""
+            for key, parameter in owner._parameters.items():
+                if parameter is not None and id(parameter) not in streamed:
+                    value = self._value(dot + key)
+                    owner._parameters[key] = nn.Parameter(value, parameter.requires_grad)
+            for key, buffer in owner._buffers.items():
+                if buffer is None:
+                    continue
+                saved = key not in owner._non_persistent_buffers_set
+                owner._buffers[key] = self._value(dot + key) if saved else buffer.to(self._device)
+
+    def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: bool) -> None:
+        named = list(zip(_names([unit]), layout.specs, strict=True))
+        self._fill(memory, [(name, spec) for name, spec in named if not self._is_cast(name)])
+        for name, spec in named:
+            if self._is_cast(name):
+                image.host_view(spec, memory).copy_(self._in_buffer(name))
+        if lock:
+            memory.lock()
+
+    def finish(self) -> None:
+        self._files.clear()
+        self._buffer = None
+
+    def undo(self, bound: list[Binding]) -> None:
+        """The module, which nobody else has, is left without anything that holds memory."""
+        self.finish()
+        for binding in bound:
+            binding.image.unlock()
+        bound.clear()
+        for owner in self._module.modules():
+            owner._parameters.clear()
+            owner._buffers.clear()
+
+    # Bytes.
+
+    def _is_cast(self, name: str) -> bool:
+        return torch_dtype_of(self._stored[name]) != self._dtypes[name]
+
+    def _bytes_of(self, name: str) -> int:
+        """Bytes once loaded."""
+        stored = self._stored[name]
+        return stored.nbytes // torch_dtype_of(stored).itemsize * self._dtypes[name].itemsize
+
+    def _value(self, name: str) -> Tensor:
+        """A tensor on the device, in memory of its own."""
+        stored = self._in_buffer(name).to(self._dtypes[name])  # on the host, as from_pretrained
+        return torch.empty_like(stored, device=self._device).copy_(stored)
+
+    def _in_buffer(self, name: str) -> Tensor:
+        """The tensor as it is stored, until the next one is read."""
+        stored = self._stored[name]
+        dtype = torch_dtype_of(stored)
+        if stored.nbytes == 0:
+            return torch.empty(stored.shape, dtype=dtype)
+        if self._buffer is None or self._buffer.nbytes < stored.nbytes:
+            self._buffer = None  # first the old one goes
+            self._buffer = self._store.allocate(stored.nbytes)
+        whole = TensorSpec(name, dtype, torch.Size(stored.shape), _dense(stored.shape), 0)
+        self._fill(self._buffer, [(name, whole)])
+        return image.host_view(whole, self._buffer)
+
+    def _fill(self, memory: HostImage, named: list[tuple[str, TensorSpec]]) -> None:
+        """Reads tensors to their places, as they are stored."""
+        try:
+            memory.fill_from([self._extent(name, spec.offset) for name, spec in named])
+        except TransferError as error:
+            names = named[0][0] if len(named) == 1 else f"{named[0][0]} to {named[-1][0]}"
+            raise TransferError(f"{names} could not be read: {error}") from error
+
+    def _extent(self, name: str, offset: int) -> Extent:
+        stored = self._stored[name]
+        return self._files[stored.file], stored.offset, stored.nbytes, offset
+
+
+def _names(units: list[Unit]) -> list[str]:
+    """Of the streamed tensors, as in the model's state_dict."""
+    return [f"{unit.name}.{group[0].name}" for unit in units for group in unit.groups]
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
