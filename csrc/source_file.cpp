@@ -105,7 +105,8 @@ ssize_t SourceFile::read_once(const Descriptor& file, std::size_t offset, std::s
                               std::byte* destination) const {
   const std::uint64_t number = ++reads_;
   const bool told_to_fail = number == fail_at_.load();
-  if (told_to_fail && fail_with_ == 0) bytes = (bytes + 1) / 2;
+  // In the middle of a block for each second read.
+  if (told_to_fail && fail_with_ == 0) bytes = std::max<std::size_t>(1, bytes / 2 + number % 2);
   for (;;) {
     ssize_t got = ::pread(file.number(), destination, bytes, static_cast<off_t>(offset));
     int error = got < 0 ? errno : 0;

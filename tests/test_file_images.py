@@ -127,6 +127,7 @@ def test_every_size_and_alignment_arrives_as_it_stands_in_the_file(
 ) -> None:
     content = a_file(tmp_path / "f", start + max(SIZES))
     file = SourceFile(str(tmp_path / "f"), direct)
+    was_direct = file.direct
     rig = Rig(slots=2, depth=1)
     wanted = [bytes(shift) + content[start : start + nbytes] for nbytes in SIZES]
     for whole in wanted:
@@ -134,6 +135,7 @@ def test_every_size_and_alignment_arrives_as_it_stands_in_the_file(
         rig.engine.add_unit(FileImage(extents, len(whole)))
     for unit, whole in [*enumerate(wanted)] * 2:
         assert rig.use(unit, len(whole)) == whole
+    assert file.direct == was_direct  # no read was refused
     rig.engine.close()
 
 
@@ -143,6 +145,7 @@ def test_images_of_many_extents_files_and_gaps_arrive(tmp_path: Path, direct: bo
     for name in ("a", "b", "c"):
         content = a_file(tmp_path / name, 5 * CHUNK + chance.randint(0, 9000))
         files.append((SourceFile(str(tmp_path / name), direct), content))
+    was_direct = [file.direct for file, _ in files]
     for _ in range(30):
         laid_out = random_layout(chance, files)
         image, whole = laid_out.image(), laid_out.content
@@ -154,6 +157,7 @@ def test_images_of_many_extents_files_and_gaps_arrive(tmp_path: Path, direct: bo
         filled.fill_from(laid_out.extents, direct=direct)
         filled.lock()
         assert bytes(memoryview(filled)) == whole
+    assert [file.direct for file, _ in files] == was_direct  # no read was refused
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
@@ -206,17 +210,17 @@ def test_what_stands_alike_is_read_straight_and_the_rest_through_a_buffer(tmp_pa
 
 
 def test_the_ring_takes_whole_blocks_wherever_the_bytes_begin(tmp_path: Path) -> None:
-    """Nine MiB in one chunk of ten: one read, not three through a buffer."""
+    """Nine MiB in chunks of nine: two reads, not three through a buffer."""
     nbytes = 9 << 20
     content = a_file(tmp_path / "f", nbytes + 4101)
-    rig = Rig(slots=1, depth=0, slot_bytes=nbytes, chunk=10 << 20)
+    rig = Rig(slots=1, depth=0, slot_bytes=nbytes, chunk=nbytes)
     for unit, start in enumerate((0, 8, 4095, 4101)):
         file = SourceFile(str(tmp_path / "f"), direct=True)
         if not file.direct:
             pytest.skip(f"this filesystem refuses O_DIRECT: {file.direct_refusal}")
         rig.engine.add_unit(FileImage([(file, start, nbytes, 0)], nbytes))
         assert rig.use(unit, nbytes) == content[start : start + nbytes]
-        assert file.reads == 1
+        assert file.reads == 2
     rig.engine.close()
 
 
@@ -256,6 +260,7 @@ def test_reads_that_come_back_short_are_continued(
 ) -> None:
     content = a_file(tmp_path / "f", nbytes + 8)
     file = SourceFile(str(tmp_path / "f"), direct)
+    was_direct = file.direct
     for start in (0, 8):
         for nth in (1, 2, 3):
             file.fail_at(nth, 0)
@@ -263,6 +268,7 @@ def test_reads_that_come_back_short_are_continued(
                 bytes_of(FileImage([(file, start, nbytes, 0)], nbytes))
                 == (content[start : start + nbytes])
             )
+    assert file.direct == was_direct  # no read was refused
 
 
 def damaged_files(tmp_path: Path, direct: bool) -> tuple[Path, SourceFile, Rig]:
