@@ -105,14 +105,15 @@ ssize_t SourceFile::read_once(const Descriptor& file, std::size_t offset, std::s
                               std::byte* destination) const {
   const std::uint64_t number = ++reads_;
   const bool told_to_fail = number == fail_at_.load();
-  // In the middle of a block for each second read.
-  if (told_to_fail && fail_with_ == 0) bytes = std::max<std::size_t>(1, bytes / 2 + number % 2);
   for (;;) {
     ssize_t got = ::pread(file.number(), destination, bytes, static_cast<off_t>(offset));
     int error = got < 0 ? errno : 0;
     if (told_to_fail && fail_with_ != 0) {
       got = -1;
       error = fail_with_;
+    }
+    if (told_to_fail && fail_with_ == 0 && got > 1) {
+      got = got / 2 + static_cast<ssize_t>(number % 2);  // each second time within a block
     }
     if (got >= 0) return got;
     if (error == EINVAL && &file == &direct_file_) return got;
