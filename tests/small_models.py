@@ -173,20 +173,26 @@ def _qwen_inputs(draw: Draw, text: Draw, device: Device) -> Inputs:
     }
 
 
+ANIMATE: dict[str, Any] = {
+    "added_kv_proj_dim": 48,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 8,
+    "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 2,
+}
+"""What only Animate has, small."""
+
+
 def _animate() -> nn.Module:
     return WanAnimateTransformer3DModel(
         **_wan(in_channels=12, num_layers=4),
         latent_channels=4,
         image_dim=IMAGE_DIM,
-        added_kv_proj_dim=48,
-        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
-        motion_encoder_size=16,
-        motion_style_dim=8,
-        motion_dim=4,
-        motion_encoder_dim=8,
-        face_encoder_hidden_dim=16,
-        face_encoder_num_heads=2,
-        inject_face_latents_blocks=2,
+        **ANIMATE,
     )
 
 
@@ -244,3 +250,16 @@ MODELS: dict[str, SmallModel] = {
         SmallModel("qwen_image", 3, _qwen, _qwen_inputs),
     )
 }
+
+
+class Backwards(nn.Module):
+    """Runs its blocks in the order that nobody expects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in reversed(self.layers):
+            x = layer(x)
+        return x

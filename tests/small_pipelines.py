@@ -42,7 +42,7 @@ from transformers import (
 
 from demo import checkpoint
 from demo.checkpoint import TINY
-from tests.small_models import fill
+from tests.small_models import ANIMATE, fill
 
 IMAGE_DIM = 16
 CHANNELS = 16  # of the VAE's latents
@@ -162,15 +162,7 @@ def _animate() -> DiffusionPipeline:
         latent_channels=CHANNELS,
         num_layers=4,
         image_dim=IMAGE_DIM,
-        added_kv_proj_dim=48,
-        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
-        motion_encoder_size=16,
-        motion_style_dim=8,
-        motion_dim=4,
-        motion_encoder_dim=8,
-        face_encoder_hidden_dim=16,
-        face_encoder_num_heads=2,
-        inject_face_latents_blocks=2,
+        **ANIMATE,
     )
     return WanAnimatePipeline(
         transformer=transformer,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import wanoffload
-from tests.small_models import MODELS, forward
+from tests.small_models import MODELS, Backwards, forward
 from wanoffload import ConcurrentForwardError, Offloader, runtime, step_time
 from wanoffload._C import HostBackend
 
@@ -128,16 +128,6 @@ def test_pausing_twice_is_pausing_once_and_counts_go_on() -> None:
 
 
 def test_the_learned_order_and_the_poison_survive_a_pause() -> None:
-    class Backwards(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in reversed(self.layers):
-                x = layer(x)
-            return x
-
     model = Backwards()
     wanoffload.wrap(model, 1, device="cpu")
     offloader = wanoffload.offloader(model)

@@ -64,7 +64,7 @@ def decided(
 
 
 def predicted(placement: Placement, facts: ModelFacts = WAN_14B, **arguments: Any) -> Any:
-    around = arguments.get("around", Around("parked", "parked", "parked"))
+    around = arguments.get("around", Around(WHOLE, WHOLE, WHOLE))
     workload = arguments.get("workload", MEDIUM)
     return cost.predict(facts, placement, around, workload, card(None))
 

@@ -15,7 +15,7 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
 
 import wanoffload
-from tests.small_models import MODELS, Inputs, forward
+from tests.small_models import MODELS, Backwards, Inputs, forward
 from wanoffload import WrapError, host_memory, wrapping
 from wanoffload.runtime import Offloader
 
@@ -78,16 +78,6 @@ def test_blocks_are_fetched_in_the_order_of_the_calls(name: str) -> None:
 
 
 def test_the_order_of_an_unknown_model_is_learned_in_its_first_forward() -> None:
-    class Backwards(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in reversed(self.layers):
-                x = layer(x)
-            return x
-
     model = Backwards()
     x = torch.randn(2, 8)
     with torch.no_grad():

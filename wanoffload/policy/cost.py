@@ -72,7 +72,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Around:
-    """How the other components are run: "resident", "parked" (as a whole) or "streamed"."""
+    """How the other components are run: RESIDENT, WHOLE or STREAM."""
 
     text_encoder: str = RESIDENT
     image_encoder: str = RESIDENT
