@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "errors.h"
+#include "fingerprint.h"
 
 namespace wanoffload {
 namespace {
@@ -60,6 +61,8 @@ void CopyEngine::submit(Transfer& transfer) {
   transfer.settled_ = false;
   transfer.error_ = nullptr;
   transfer.next_chunk_ = 0;
+  transfer.proves_ = !transfer.image->proven();
+  transfer.fingerprint_ = 0;
   queue_.push_back(&transfer);
   changed_.notify_all();
 }
@@ -133,22 +136,36 @@ std::optional<CopyEngine::Task> CopyEngine::take_task() {
   return task;
 }
 
+bool CopyEngine::is_last(const Task& task) const {
+  return task.chunk + 1 == chunks_of(*task.transfer);
+}
+
+// Brings the task's bytes into its buffer, if it has one. What fails is noted in the transfer.
+CopyEngine::Piece CopyEngine::read(const Task& task) {
+  const Image& image = *task.transfer->image;
+  const std::size_t size = piece_bytes(*task.transfer);
+  Piece piece{task.chunk * size, std::min(size, image.bytes() - task.chunk * size)};
+  if (task.buffer.data == nullptr) return piece;
+  try {
+    piece.lead =
+        image.read_piece(piece.offset, piece.bytes, task.buffer.data, ring_->chunk_bytes());
+    if (task.transfer->proves_) {
+      piece.fingerprint =
+          fingerprint_part(task.buffer.data + piece.lead, piece.offset, piece.bytes);
+    }
+  } catch (...) {
+    settle(*task.transfer, std::current_exception());
+  }
+  return piece;
+}
+
 // Reads without a lock, then waits for its turn: chunks are enqueued in the order they were taken.
 void CopyEngine::carry_out(const Task& task) {
-  const Image& image = *task.transfer->image;
-  const std::size_t offset = task.chunk * piece_bytes(*task.transfer);
-  const std::size_t bytes = std::min(piece_bytes(*task.transfer), image.bytes() - offset);
-  std::size_t lead = 0;
-  if (task.buffer.data != nullptr) {
-    try {
-      lead = image.read_piece(offset, bytes, task.buffer.data, ring_->chunk_bytes());
-    } catch (...) {
-      settle(*task.transfer, std::current_exception());
-    }
-  }
+  const Piece piece = read(task);
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return turn_ == task.turn; });
   const bool failed_earlier = task.transfer->error_ != nullptr;
+  task.transfer->fingerprint_ += piece.fingerprint;
   lock.unlock();
   std::exception_ptr error;
   if (task.buffer.data != nullptr) {
@@ -156,13 +173,13 @@ void CopyEngine::carry_out(const Task& task) {
       if (failed_earlier) {
         ring_->give_back(task.buffer);
       } else {
-        enqueue(task, offset, bytes, lead);
+        enqueue(task, piece);
       }
     } catch (...) {
       error = std::current_exception();
     }
   }
-  const bool last = task.chunk + 1 == chunks_of(*task.transfer);
+  const bool last = is_last(task);
   lock.lock();
   ++turn_;
   if (error && !task.transfer->error_) task.transfer->error_ = error;
@@ -171,13 +188,14 @@ void CopyEngine::carry_out(const Task& task) {
   changed_.notify_all();
 }
 
-void CopyEngine::enqueue(const Task& task, std::size_t offset, std::size_t bytes,
-                         std::size_t lead) {
+void CopyEngine::enqueue(const Task& task, const Piece& piece) {
+  Transfer& transfer = *task.transfer;
   bool enqueued = false;
   try {
-    if (task.chunk == 0) begin(*task.transfer);
-    backend_->copy_to_device(task.transfer->destination + offset, task.buffer.data + lead, bytes,
-                             stream());
+    if (is_last(task) && transfer.proves_) transfer.image->prove(transfer.fingerprint_);
+    if (task.chunk == 0) begin(transfer);
+    backend_->copy_to_device(transfer.destination + piece.offset, task.buffer.data + piece.lead,
+                             piece.bytes, stream());
     enqueued = true;
     ring_->send(task.buffer, stream());
   } catch (...) {
@@ -190,7 +208,7 @@ void CopyEngine::enqueue(const Task& task, std::size_t offset, std::size_t bytes
     }
     throw;
   }
-  if (task.chunk + 1 == chunks_of(*task.transfer)) finish(*task.transfer);
+  if (is_last(task)) finish(transfer);
 }
 
 // Notes an error; the transfer settles when its last chunk's turn has come.

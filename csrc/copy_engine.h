@@ -47,7 +47,9 @@ class Transfer {
   // guarded by CopyEngine::mutex_
   bool settled_ = true;
   std::exception_ptr error_;
-  std::size_t next_chunk_ = 0;  // the next to be taken by a thread
+  std::size_t next_chunk_ = 0;     // the next to be taken by a thread
+  bool proves_ = false;            // its bytes are to be proved; constant from submit on
+  std::uint64_t fingerprint_ = 0;  // of what was read, chunk by chunk in their turns
 };
 
 // Any thread may call submit, wait_settled and settled; transfers are carried out in the order of
@@ -98,13 +100,22 @@ class CopyEngine {
     PinnedRing::Chunk buffer;
   };
 
+  // What a chunk's buffer holds.
+  struct Piece {
+    std::size_t offset, bytes;  // of the image
+    std::size_t lead = 0;       // where in the buffer
+    std::uint64_t fingerprint = 0;
+  };
+
   void begin(const Transfer& transfer);
   void finish(Transfer& transfer);
   void submit_locked(Transfer& transfer);
   void work();
   [[nodiscard]] std::optional<Task> take_task();
   void carry_out(const Task& task);
-  void enqueue(const Task& task, std::size_t offset, std::size_t bytes, std::size_t lead);
+  [[nodiscard]] Piece read(const Task& task);
+  void enqueue(const Task& task, const Piece& piece);
+  [[nodiscard]] bool is_last(const Task& task) const;
   void settle(Transfer& transfer, std::exception_ptr error);
   [[nodiscard]] std::size_t piece_bytes(const Transfer& transfer) const;
   [[nodiscard]] std::size_t chunks_of(const Transfer& transfer) const;

@@ -2,11 +2,52 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
+
+#include "errors.h"
+#include "fingerprint.h"
 
 namespace wanoffload {
 
-FileImage::FileImage(std::vector<FileExtent> extents, std::size_t bytes)
-    : Image(bytes), extents_(checked_extents(std::move(extents), bytes)) {}
+FileImage::FileImage(std::vector<FileExtent> extents, std::size_t bytes, std::uint64_t fingerprint)
+    : Image(bytes),
+      extents_(checked_extents(std::move(extents), bytes)),
+      fingerprint_(fingerprint),
+      proven_(fingerprint == 0) {
+  const bool whole = extents_.size() == 1 && extents_.front().bytes == bytes && bytes % 4 == 0;
+  if (fingerprint != 0 && !whole) {
+    throw UsageError("an image with a fingerprint is one extent, of whole words");
+  }
+}
+
+void FileImage::prove(std::uint64_t found) const {
+  if (fingerprint_ != 0 && found != fingerprint_) {
+    const FileExtent& extent = extents_.front();
+    throw TransferError(extent.file->path() + ", byte " + std::to_string(extent.file_offset) +
+                        ": the " + std::to_string(bytes()) +
+                        " bytes from here are not those that were written: their checksum differs");
+  }
+  proven_ = true;
+}
+
+const std::byte* FileImage::mapped(std::size_t offset, std::size_t bytes) const {
+  const auto extent = extent_at(offset);
+  if (extent == extents_.end() || extent->offset > offset ||
+      extent->offset + extent->bytes - offset < bytes) {
+    throw UsageError(std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+                     " are not of one extent");
+  }
+  return extent->file->mapped() + extent->file_offset + (offset - extent->offset);
+}
+
+void FileImage::check() const {
+  const SourceFile* last = nullptr;
+  for (const FileExtent& extent : extents_) {
+    if (extent.file.get() != last) extent.file->check_unchanged(extent.file_offset);
+    last = extent.file.get();
+  }
+  if (!proven_) prove(fingerprint_part(mapped(0, bytes()), 0, bytes()));
+}
 
 bool FileImage::direct() const {
   return std::all_of(extents_.begin(), extents_.end(),

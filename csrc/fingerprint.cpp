@@ -1,6 +1,8 @@
 #include "fingerprint.h"
 
 #include <atomic>
+#include <cstddef>
+#include <cstring>
 
 #include "errors.h"
 #include "parallel.h"
@@ -20,13 +22,24 @@ std::uint32_t mix(std::uint32_t word, std::uint32_t place) {
 
 std::uint64_t fingerprint(const void* data, std::size_t bytes, unsigned threads) {
   if (bytes % 4 != 0) throw UsageError("fingerprint: the size must be a multiple of 4 bytes");
-  const auto* words = static_cast<const std::uint32_t*>(data);
+  const auto* start = static_cast<const std::byte*>(data);
   std::atomic<std::uint64_t> sum{0};
-  parallel_for(bytes / 4, std::size_t{1} << 20, threads, [&](std::size_t begin, std::size_t end) {
-    std::uint64_t part = 0;
-    for (std::size_t i = begin; i < end; ++i) part += mix(words[i], static_cast<std::uint32_t>(i));
-    sum += part;
+  parallel_for(bytes, std::size_t{4} << 20, threads, [&](std::size_t begin, std::size_t end) {
+    sum += fingerprint_part(start + begin, begin, end - begin);
   });
+  return sum;
+}
+
+std::uint64_t fingerprint_part(const void* data, std::size_t offset, std::size_t bytes) {
+  const auto* start = static_cast<const std::byte*>(data);
+  const auto first = static_cast<std::uint32_t>(offset / 4);
+  const auto count = static_cast<std::uint32_t>(bytes / 4);
+  std::uint64_t sum = 0;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    std::uint32_t word;
+    std::memcpy(&word, start + std::size_t{i} * 4, 4);
+    sum += mix(word, first + i);
+  }
   return sum;
 }
 

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "errors.h"
+#include "fingerprint.h"
 #include "parallel.h"
 
 namespace wanoffload {
@@ -110,16 +111,35 @@ void HostImage::read(std::size_t offset, std::size_t bytes, std::byte* destinati
 
 void HostImage::fill_from(std::vector<FileExtent> extents, ReadBy by) {
   const auto pieces = split_extents(checked_extents(std::move(extents), bytes()));
+  read_in_parallel(pieces.size(), [&](std::size_t i) {
+    const FileExtent& piece = pieces[i];
+    piece.file->read(piece.file_offset, piece.bytes, data_ + piece.offset, by);
+  });
+}
+
+void HostImage::copy_from(const Image& image) {
+  if (image.bytes() != bytes()) {
+    throw UsageError("an image of " + std::to_string(image.bytes()) +
+                     " bytes does not fit one of " + std::to_string(bytes()));
+  }
+  read_in_parallel((bytes() + kGrain - 1) / kGrain, [&](std::size_t i) {
+    image.read(i * kGrain, std::min(kGrain, bytes() - i * kGrain), data_ + i * kGrain);
+  });
+  if (!image.proven()) image.prove(fingerprint(data_, bytes(), options_.threads));
+}
+
+// Calls read(0), read(1), ... on many threads, and throws the first error.
+void HostImage::read_in_parallel(std::size_t pieces,
+                                 const std::function<void(std::size_t)>& read) const {
   std::mutex mutex;
   std::exception_ptr error;  // the first; what is left is then not read
-  parallel_for(pieces.size(), 1, options_.threads, [&](std::size_t begin, std::size_t) {
-    const FileExtent& piece = pieces[begin];
+  parallel_for(pieces, 1, options_.threads, [&](std::size_t begin, std::size_t) {
     {
       const std::lock_guard lock(mutex);
       if (error) return;
     }
     try {
-      piece.file->read(piece.file_offset, piece.bytes, data_ + piece.offset, by);
+      read(begin);
     } catch (...) {
       const std::lock_guard lock(mutex);
       if (!error) error = std::current_exception();

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -52,6 +53,9 @@ class HostImage final : public Image {
   // memory. Bytes that no extent holds stay as they are (zeros, in a new image). Throws what
   // checked_extents and SourceFile::read throw; the image's bytes then mean nothing.
   void fill_from(std::vector<FileExtent> extents, ReadBy by = ReadBy::kPageCache);
+  // Reads another image of the same size in with many threads, and proves it if that is still to be
+  // done. Throws what its read throws; the bytes then mean nothing.
+  void copy_from(const Image& image);
   // Makes every page present with many threads, without changing what is there.
   void touch();
   // Page-locks the image. Throws HostMemoryError or BackendError; does nothing if locked.
@@ -59,6 +63,8 @@ class HostImage final : public Image {
   void unlock() noexcept;
 
  private:
+  void read_in_parallel(std::size_t pieces, const std::function<void(std::size_t)>& read) const;
+
   const BackendPtr backend_;
   const std::size_t mapped_bytes_;
   const StoreOptions options_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 namespace wanoffload {
@@ -36,6 +37,12 @@ class Image {
   [[nodiscard]] virtual std::size_t piece_bytes(std::size_t chunk_bytes) const {
     return chunk_bytes;
   }
+
+  // Whether the bytes need no proof. Those that do are proved by the first fetch that brings them.
+  [[nodiscard]] virtual bool proven() const { return true; }
+  // `found`: the fingerprint of all bytes, as they were read. Throws TransferError if it is not
+  // what it should be. Any thread.
+  virtual void prove(std::uint64_t found) const { (void)found; }
 
  private:
   const std::size_t bytes_;

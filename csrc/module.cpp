@@ -20,6 +20,13 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 
 namespace {
 
+// A run of an image's bytes where its file is mapped. Keeps both.
+struct FileBytes {
+  FileImagePtr image;
+  const std::byte* data;
+  std::size_t bytes;
+};
+
 void bind_errors(py::module_& m) {
   const auto& base = py::register_exception<Error>(m, "OffloadError", PyExc_RuntimeError);
   py::register_exception<BackendError>(m, "BackendError", base);
@@ -109,11 +116,29 @@ void bind_files(py::module_& m) {
           py::arg("offset"), py::arg("nbytes"), py::arg("destination"), NoGil());
 
   py::class_<FileImage, Image, FileImagePtr>(m, "FileImage")
-      .def(py::init([](const std::vector<ExtentTuple>& extents, std::size_t bytes) {
-             return std::make_shared<FileImage>(extents_of(extents), bytes);
+      .def(py::init([](const std::vector<ExtentTuple>& extents, std::size_t bytes,
+                       std::uint64_t fingerprint) {
+             return std::make_shared<FileImage>(extents_of(extents), bytes, fingerprint);
            }),
-           py::arg("extents"), py::arg("nbytes"))
-      .def_property_readonly("direct", &FileImage::direct);
+           py::arg("extents"), py::arg("nbytes"), py::kw_only(), py::arg("fingerprint") = 0)
+      .def_property_readonly("direct", &FileImage::direct)
+      .def_property_readonly("proven", &FileImage::proven)
+      .def("check", &FileImage::check, NoGil())
+      .def(
+          "view",
+          [](const FileImagePtr& self, std::size_t offset, std::size_t bytes) {
+            return FileBytes{self, self->mapped(offset, bytes), bytes};
+          },
+          py::arg("offset"), py::arg("nbytes"));
+
+  // Said to be writable, so that torch takes it without a warning. It is not: the pages are
+  // read-only, and who writes past the tensors' guard is stopped by the machine.
+  py::class_<FileBytes>(m, "FileBytes", py::buffer_protocol())
+      .def_buffer([](const FileBytes& self) {
+        return py::buffer_info(
+            const_cast<std::uint8_t*>(reinterpret_cast<const std::uint8_t*>(self.data)),
+            static_cast<py::ssize_t>(self.bytes));
+      });
 }
 
 void bind_host_store(py::module_& m) {
@@ -143,6 +168,7 @@ void bind_host_store(py::module_& m) {
             self.fill_from(extents_of(extents), direct ? ReadBy::kDirect : ReadBy::kPageCache);
           },
           py::arg("extents"), py::kw_only(), py::arg("direct") = false, NoGil())
+      .def("copy_from", &HostImage::copy_from, py::arg("image"), NoGil())
       .def("touch", &HostImage::touch, NoGil())
       .def("lock", &HostImage::lock, NoGil())
       .def("unlock", &HostImage::unlock, NoGil());

@@ -1,10 +1,12 @@
 #include "source_file.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -43,10 +45,21 @@ Descriptor::~Descriptor() {
   if (number_ >= 0) ::close(number_);
 }
 
+Mapping::Mapping(const Descriptor& file, std::size_t bytes) : bytes_(bytes) {
+  if (bytes == 0) return;
+  void* const memory = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file.number(), 0);
+  if (memory != MAP_FAILED) data_ = static_cast<std::byte*>(memory);
+}
+
+Mapping::~Mapping() {
+  if (data_ != nullptr) munmap(data_, bytes_);
+}
+
 SourceFile::SourceFile(const std::string& path, bool direct)
     : path_(path),
       buffered_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)),
       opened_(state_of(buffered_)),
+      mapping_(buffered_, opened_.bytes),
       direct_file_(direct ? ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1) {
   if (direct && direct_file_.number() < 0) refusal_ = "open: " + text_of(errno);
   if (direct_file_.number() < 0) return;
@@ -91,7 +104,7 @@ void SourceFile::fail_at(std::uint64_t nth_read, int error) {
 void SourceFile::read(std::size_t offset, std::size_t bytes, std::byte* destination,
                       ReadBy by) const {
   if (bytes == 0) return;
-  if (by == ReadBy::kDirect && direct_) {
+  if (by == ReadBy::kDirect && direct_ && !in_page_cache(offset, bytes)) {
     read_direct(offset, bytes, destination);
   } else {
     read_buffered(offset, bytes, destination);
@@ -124,7 +137,7 @@ ssize_t SourceFile::read_once(const Descriptor& file, std::size_t offset, std::s
 }
 
 std::size_t SourceFile::read_blocks(std::size_t offset, std::size_t bytes, std::byte* chunk) const {
-  if (!direct_) {
+  if (!direct_ || in_page_cache(offset, bytes)) {
     read(offset, bytes, chunk, ReadBy::kPageCache);
     return 0;
   }
@@ -196,6 +209,28 @@ void SourceFile::read_aligned(std::size_t offset, std::size_t most, std::size_t 
     if (got <= 0 || done % kDirectAlignment != 0) break;
   }
   if (done < least) read_buffered(offset + done, least - done, destination + done);
+}
+
+const std::byte* SourceFile::mapped() const {
+  if (mapping_.data() == nullptr) fail(0, "the file can't be mapped");
+  return mapping_.data();
+}
+
+// Whether the page cache holds every page of these bytes. Of files that belong to others and may
+// not be written, the kernel says so of all: they are then read through it.
+bool SourceFile::in_page_cache(std::size_t offset, std::size_t bytes) const {
+  if (mapping_.data() == nullptr || bytes == 0) return false;
+  const std::size_t page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const std::size_t start = offset / page * page;
+  std::array<unsigned char, 1024> present;
+  for (std::size_t at = start; at < offset + bytes; at += present.size() * page) {
+    const std::size_t span = std::min(offset + bytes - at, present.size() * page);
+    if (::mincore(mapping_.data() + at, span, present.data()) != 0) return false;
+    const auto pages = static_cast<std::ptrdiff_t>((span + page - 1) / page);
+    const auto is_there = [](unsigned char value) { return (value & 1U) != 0; };
+    if (!std::all_of(present.begin(), present.begin() + pages, is_there)) return false;
+  }
+  return true;
 }
 
 void SourceFile::check_unchanged(std::size_t offset) const {

@@ -20,7 +20,7 @@ inline constexpr std::size_t kDirectAlignment = 4096;
 
 enum class ReadBy : std::uint8_t {
   kPageCache,  // buffered: quick for what is in the page cache, and leaves what it read there
-  kDirect,     // O_DIRECT, past the page cache; buffered where the filesystem refuses
+  kDirect,     // O_DIRECT, but for what is in the page cache; buffered where the filesystem refuses
 };
 
 // Owns a descriptor.
@@ -34,6 +34,20 @@ class Descriptor {
 
  private:
   const int number_;
+};
+
+// Owns a mapping of a whole file, to be read; null where there is none to be had.
+class Mapping {
+ public:
+  Mapping(const Descriptor& file, std::size_t bytes);
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  ~Mapping();
+  [[nodiscard]] std::byte* data() const { return data_; }
+
+ private:
+  const std::size_t bytes_;
+  std::byte* data_ = nullptr;
 };
 
 // Any thread may call any method. A file that is replaced by rename still reads as what was opened.
@@ -55,11 +69,18 @@ class SourceFile {
   // modification is not what it was when it was opened.
   void read(std::size_t offset, std::size_t bytes, std::byte* destination, ReadBy by) const;
 
-  // The same past the page cache, in whole blocks: what is read around the bytes is written too.
+  // The same with kDirect, in whole blocks: what is read around the bytes is written too.
   // `chunk` must be one that fits_in_blocks. Returns where in it the bytes begin. Buffered where
   // O_DIRECT is not to be had.
   [[nodiscard]] std::size_t read_blocks(std::size_t offset, std::size_t bytes,
                                         std::byte* chunk) const;
+
+  // Throws TransferError, which names this offset, if the file is not what it was when it was
+  // opened.
+  void check_unchanged(std::size_t offset) const;
+  // The whole file, mapped to be read. What is cut off meanwhile ends the process that touches it:
+  // check_unchanged() comes first. Throws TransferError. Lives as long as this object.
+  [[nodiscard]] const std::byte* mapped() const;
 
   // For tests: the n-th read from now on (1 is the next; one call of read() makes one or more)
   // answers with this error, once; with 0 it comes back with half of what was asked for. nth_read 0
@@ -84,7 +105,7 @@ class SourceFile {
                     std::byte* destination) const;
   [[nodiscard]] ssize_t read_once(const Descriptor& file, std::size_t offset, std::size_t bytes,
                                   std::byte* destination) const;
-  void check_unchanged(std::size_t offset) const;
+  [[nodiscard]] bool in_page_cache(std::size_t offset, std::size_t bytes) const;
   [[nodiscard]] State state_of(const Descriptor& file) const;
   void refuse_direct(const std::string& why) const;
   [[noreturn]] void fail(std::size_t offset, const std::string& what) const;
@@ -92,6 +113,7 @@ class SourceFile {
   const std::string path_;
   const Descriptor buffered_;
   const State opened_;
+  const Mapping mapping_;
   const Descriptor direct_file_;
   mutable std::atomic<bool> direct_{false};
   mutable std::atomic<std::uint64_t> reads_{0};

@@ -22,6 +22,7 @@ from wanoffload._C import (
     SourceFile,
     TransferError,
     UsageError,
+    fingerprint,
 )
 from wanoffload.runtime import SlotMemory
 
@@ -33,10 +34,17 @@ Extent = tuple[SourceFile, int, int, int]
 
 
 def a_file(path: Path, nbytes: int) -> bytes:
-    """Random bytes, written to `path`."""
+    """Random bytes, written to `path`, and no longer in the page cache."""
     content = random.randbytes(nbytes)
     path.write_bytes(content)
+    drop_from_page_cache(path)
     return content
+
+
+def drop_from_page_cache(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def bytes_of(image: Image, offset: int = 0, nbytes: int | None = None) -> bytes:
@@ -228,6 +236,7 @@ def test_o_direct_refused_in_the_middle_changes_no_byte(tmp_path: Path) -> None:
     nbytes = 20 * CHUNK
     content = a_file(tmp_path / "f", nbytes + 100)
     for nth in range(1, 9):
+        drop_from_page_cache(tmp_path / "f")  # where the last turn's buffered reads left it
         file = SourceFile(str(tmp_path / "f"), direct=True)
         file.fail_at(nth, errno.EINVAL if file.direct else 0)
         rig = Rig(slots=1, depth=0, slot_bytes=nbytes)
@@ -252,6 +261,68 @@ def test_a_filesystem_without_o_direct_is_read_buffered_and_says_so(tmp_path: Pa
     assert not image.direct
     assert "Invalid argument" in file.direct_refusal
     assert bytes_of(image) == content[5 : 5 + 2 * CHUNK]
+
+
+def test_what_the_page_cache_holds_is_read_from_there(tmp_path: Path) -> None:
+    """Nine MiB that stand unlike their place: one read, where O_DIRECT takes three."""
+    nbytes = 9 << 20
+    content = a_file(tmp_path / "f", nbytes + 8)
+    assert (tmp_path / "f").read_bytes() == content
+    file = SourceFile(str(tmp_path / "f"), direct=True)
+    image = FileImage([(file, 8, nbytes, 0)], nbytes)
+    assert bytes_of(image) == content[8:]
+    assert file.reads == 1
+
+
+def test_a_file_is_mapped_and_looked_at_for_changes(tmp_path: Path) -> None:
+    content = a_file(tmp_path / "f", 3 * CHUNK)
+    file = SourceFile(str(tmp_path / "f"))
+    image = FileImage([(file, 5, CHUNK, 0), (file, 0, 100, CHUNK + 7)], CHUNK + 107)
+    image.check()
+    assert bytes(image.view(3, 1000)) == content[8:1008]
+    assert bytes(image.view(CHUNK + 7, 100)) == content[:100]
+    for offset, nbytes in ((CHUNK - 1, 2), (CHUNK, 1), (CHUNK + 100, 8)):
+        with pytest.raises(UsageError, match="one extent"):
+            image.view(offset, nbytes)
+    os.truncate(tmp_path / "f", CHUNK)
+    with pytest.raises(TransferError, match=rf"f, byte 5: the file has {CHUNK} bytes"):
+        image.check()
+
+
+def test_what_is_not_as_it_was_written_is_noticed_by_whoever_brings_it(tmp_path: Path) -> None:
+    content = a_file(tmp_path / "f", 4096 + 5 * PIECE + 8)
+    nbytes = len(content) - 4096
+    whole = HostStore(HostBackend()).allocate(nbytes)
+    whole.copy_from(FileImage([(SourceFile(str(tmp_path / "f")), 4096, nbytes, 0)], nbytes))
+    right = fingerprint(whole.address, nbytes)
+
+    def image_with(spoilt: int | None) -> FileImage:
+        written = bytearray(content)
+        if spoilt is not None:
+            written[4096 + spoilt] ^= 1
+        (tmp_path / "f").write_bytes(written)
+        extent = (SourceFile(str(tmp_path / "f")), 4096, nbytes, 0)
+        return FileImage([extent], nbytes, fingerprint=right)
+
+    for spoilt in (None, 0, PIECE - 1, PIECE, nbytes - 1):
+        rig = Rig(slots=1, depth=0, slot_bytes=nbytes)
+        image = image_with(spoilt)
+        rig.engine.add_unit(image)
+        own = HostStore(HostBackend()).allocate(nbytes)
+        for bring in (
+            lambda: rig.use(0, nbytes),  # noqa: B023
+            lambda: own.copy_from(image),  # noqa: B023
+            image.check,
+            lambda: rig.use(0, nbytes),  # noqa: B023
+        ):
+            if spoilt is None:
+                bring()
+                assert image.proven
+            else:
+                with pytest.raises(TransferError, match=r"f, byte 4096: .* checksum differs"):
+                    bring()
+                assert not image.proven
+        rig.engine.close()
 
 
 @pytest.mark.parametrize("nbytes", [3, 4096 * 3, CHUNK - 100, 2 * CHUNK])

@@ -88,9 +88,22 @@ class Image:
 class FileImage(Image):
     """An image that stands in files and is read anew for each fetch. Gaps read as zeros."""
 
-    def __init__(self, extents: Sequence[_Extent], nbytes: int) -> None: ...
+    def __init__(self, extents: Sequence[_Extent], nbytes: int, *, fingerprint: int = ...) -> None:
+        """`fingerprint`: of the bytes, one extent, proved by the first fetch. 0: not known."""
     @property
     def direct(self) -> bool: ...
+    @property
+    def proven(self) -> bool: ...
+    def check(self) -> None:
+        """Raises TransferError if a file has changed, or its bytes are not what was written."""
+    def view(self, offset: int, nbytes: int) -> FileBytes:
+        """Bytes of one extent, mapped. Call check() before they are looked at."""
+
+class FileBytes:
+    """A run of an image's bytes where its file is mapped, to be read only. Keeps both alive."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
 
 class HostImage(Image):
     """One unit's bytes, in a mapping of their own. `memoryview(image)` keeps it alive."""
@@ -101,6 +114,8 @@ class HostImage(Image):
         """Copies (source address, offset, bytes) pieces in, with many threads."""
     def fill_from(self, extents: Sequence[_Extent], *, direct: bool = ...) -> None:
         """Reads extents of files in with many threads. If it throws, the bytes mean nothing."""
+    def copy_from(self, image: Image) -> None:
+        """Reads another image of the same size in, with many threads, and proves it if need be."""
     def touch(self) -> None: ...
     def lock(self) -> None: ...
     def unlock(self) -> None: ...

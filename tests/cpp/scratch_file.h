@@ -1,6 +1,7 @@
 // Images whose bytes stand scattered over files of their own, that have no name any more.
 #pragma once
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -15,14 +16,19 @@
 
 namespace wanoffload::stress {
 
-// A file with these bytes. Its name is gone when this returns: nothing is left behind.
-inline SourceFilePtr scratch_file(const std::vector<std::byte>& content, bool direct) {
+// A file with these bytes, in the page cache or not. Its name is gone when this returns: nothing is
+// left behind.
+inline SourceFilePtr scratch_file(const std::vector<std::byte>& content, bool direct, bool cached) {
   const char* const folder = std::getenv("TMPDIR");
   std::string path = std::string(folder != nullptr ? folder : "/tmp") + "/wanoffload-XXXXXX";
   const int number = ::mkstemp(path.data());
   check(number >= 0, "a file can be made as " + path);
   const ssize_t written = ::write(number, content.data(), content.size());
   check_equal(written, static_cast<ssize_t>(content.size()), "bytes written to " + path);
+  if (!cached) {
+    ::fsync(number);
+    ::posix_fadvise(number, 0, 0, POSIX_FADV_DONTNEED);
+  }
   ::close(number);
   auto file = std::make_shared<SourceFile>(path, direct);
   ::unlink(path.c_str());
@@ -64,7 +70,7 @@ inline ScatteredImage scattered_image(Random& random, std::size_t bytes) {
   }
   SourceFilePtr file;
   for (const Target& target : targets) {
-    file = scratch_file(target.content, random.chance(0.7));
+    file = scratch_file(target.content, random.chance(0.7), random.chance(0.5));
     for (const std::size_t number : target.extents) extents[number].file = file;
   }
   random.shuffle(extents);
