@@ -445,6 +445,8 @@ def test_host_memory_of_a_checkpoint_that_is_mapped_from_its_file_is_counted(
     monkeypatch.setattr(host_memory, "available_bytes", lambda: enough)
     before = [p.data_ptr() for p in model.parameters()]
     with pytest.raises(wanoffload.HostMemoryError, match="wrapping WanT"):
+        wanoffload.wrap(model, device="cpu", host="pinned")
+    with pytest.raises(wanoffload.HostMemoryError, match="wrap WanT"):
         wanoffload.wrap(model, device="cpu")
     assert [p.data_ptr() for p in model.parameters()] == before
     assert torch.equal(forward(model, inputs), expected)

@@ -277,7 +277,9 @@ def test_buffers_stay_on_the_device_and_are_not_streamed(device: str) -> None:
         ({"prefetch": -1}, "prefetch is a number of blocks, 0 or more, not -1"),
         ({"prefetch": 1.5}, "prefetch is a number of blocks"),
         ({"prefetch": True}, "prefetch is a number of blocks"),
-        ({"host": "disk"}, "host is one of 'pinned', 'pageable', not 'disk'"),
+        ({"host": "tape"}, "host is one of 'auto', 'pinned', 'pageable', 'disk', not 'tape'"),
+        ({"host": "disk"}, "the weights of this model are in memory, and in no file"),
+        ({"host_budget": "much"}, "host_budget is a number of bytes"),
         ({"verify": "yes"}, "verify is True or False"),
         ({"device": "tpu7"}, "not a device"),
         ({"device": "meta"}, "not supported"),
@@ -383,6 +385,10 @@ def test_too_little_host_memory_is_an_error_with_numbers_before_anything_moves(
     with pytest.raises(
         wanoffload.HostMemoryError, match=r"wrapping WanT.* needs .* GB .* 0\.27 GB"
     ):
+        wanoffload.wrap(model, device="cpu", host="pinned")
+    with pytest.raises(
+        wanoffload.HostMemoryError, match=r"wrap WanT.* its 5 blocks, .* GB .* may be taken"
+    ):
         wanoffload.wrap(model, device="cpu")
     assert [p.data_ptr() for p in model.parameters()] == before
     check_as_it_was(model, inputs, expected)
@@ -399,7 +405,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
         backend.fail_at(nth)
         monkeypatch.setattr(wrapping, "backend_for", lambda _, backend=backend: backend)
         try:
-            wanoffload.wrap(model, 1, device="cpu")
+            wanoffload.wrap(model, 1, device="cpu", host="pinned")
         except wanoffload.OffloadError:
             failures += 1
             check_as_it_was(model, inputs, expected)

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from wanoffload import hooks, image, units
-from wanoffload._C import HostImage, fingerprint
+from wanoffload import hooks, host_memory, image, units
+from wanoffload._C import FileImage, HostBackend, HostImage, HostStore, Image
 from wanoffload.errors import (
     ConcurrentForwardError,
     GradientError,
     VerifyError,
     WeightChangeError,
 )
-from wanoffload.host_tensor import HostTensor, ordinary_tensors, set_free, shares_memory_with
+from wanoffload.host_tensor import (
+    HostTensor,
+    move,
+    ordinary_tensors,
+    set_free,
+    shares_memory_with,
+)
+from wanoffload.host_tiers import DISK, PAGEABLE, PINNED
 
 if TYPE_CHECKING:
     from wanoffload.runtime import Offloader
@@ -48,6 +55,9 @@ class Binding(hooks.Attached):
 
     Outside the block's forward the entries are host tensors over the image. During it they are
     views of the slot, made once for each slot.
+
+    An image in files is not this model's to change: before the first write it is brought into own
+    memory, and every host tensor with it.
     """
 
     def __init__(
@@ -55,7 +65,7 @@ class Binding(hooks.Attached):
         offloader: Offloader,
         unit: units.Unit,
         layout: image.ImageLayout,
-        store_image: HostImage,
+        store_image: Image,
     ) -> None:
         self.offloader = offloader
         self.unit = unit
@@ -98,8 +108,10 @@ class Binding(hooks.Attached):
     def give_back(self) -> None:
         """Entries are ordinary parameters over the image's memory, which they keep alive.
 
-        Entries that somebody replaced, and no forward has taken in, are left as they are.
+        Entries that somebody replaced, and no forward has taken in, are left as they are. What is
+        not in own memory is brought there first.
         """
+        self.take_ownership()
         plain = [nn.Parameter(w.plain, w.requires_grad) for w in self.weights]
         for parameters, key, number in self._places:
             if plain and parameters.get(key) is self.weights[number]:
@@ -110,10 +122,47 @@ class Binding(hooks.Attached):
         """The slots are going: lets go of the views into them."""
         self._views.clear()
 
+    def unlock(self) -> None:
+        """The image is no longer page-locked."""
+        if isinstance(self.image, HostImage):
+            self.image.unlock()
+
     def close(self) -> None:
         """The image is ordinary memory from here on; the slots' views are let go."""
         self.forget_views()
-        self.image.unlock()
+        self.unlock()
+
+    @property
+    def tier(self) -> str:
+        """Where the image stands: "pinned", "pageable" or "disk"."""
+        if isinstance(self.image, FileImage):
+            return DISK
+        return PINNED if self.image.locked else PAGEABLE
+
+    @property
+    def owned(self) -> bool:
+        """Whether the image is this model's own memory, which it may change."""
+        return isinstance(self.image, HostImage)
+
+    def take_ownership(self) -> None:
+        """Brings the image into own memory, if it is not there, for the host and for the engine.
+
+        Raises HostMemoryError, or TransferError if it can't be read; nothing has changed then.
+        """
+        if self.owned:
+            return
+        host_memory.require(self.layout.nbytes, f"bringing {self.name} into memory, to change it,")
+        own = HostStore(HostBackend()).allocate(self.layout.nbytes)
+        own.copy_from(self.image)
+        if self.index >= 0:
+            self.offloader.replace(self.index, own)
+        self.image = own
+        with ordinary_tensors():
+            for weight, spec in zip(self.weights, self.layout.specs, strict=True):
+                if spec.nbytes > 0:
+                    storage = image.host_view(spec, own).untyped_storage()
+                    move(shares_memory_with(weight, self), storage)
+        logger.info("%s was brought into memory (%d bytes), to be changed", self.name, own.nbytes)
 
     def take_in_changes(self) -> None:
         """Looks for entries that were replaced, and for modules that came or went."""
@@ -189,11 +238,18 @@ class Binding(hooks.Attached):
 
     # The guard of the host tensors.
 
+    def before_read(self) -> None:
+        """Raises TransferError if the image stands in a file that is not what it was."""
+        if isinstance(self.image, FileImage):
+            self.image.check()
+
     def before_write(self) -> None:
         """Fences the engine: no copy reads the image from here on, and none counts that did."""
         self.offloader.refuse_other_thread(f"{self.name} was written to")
         self._fingerprint = None
-        if self.index >= 0:
+        if not self.owned:
+            self.take_ownership()
+        elif self.index >= 0:
             self.offloader.invalidate(self.index)
 
     def reader_in_forward(self) -> bool:
@@ -292,7 +348,7 @@ class Binding(hooks.Attached):
 
     def _verify(self, slot: int, generation: int, when: str) -> None:
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.image.address, self.image.nbytes)
+            self._fingerprint = image.fingerprint_of(self.image)
         found = self.offloader.slot_fingerprint(slot, self.image.nbytes)
         if found != self._fingerprint:
             self._spoilt = True

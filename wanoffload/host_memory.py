@@ -111,6 +111,11 @@ def _file_mappings() -> list[tuple[int, int]]:
     return found
 
 
+def to_be_had() -> int:
+    """Bytes that may be taken, with a reserve left."""
+    return max(0, available_bytes() - RESERVE)
+
+
 def require(nbytes: int, purpose: str) -> None:
     """Raises HostMemoryError unless `nbytes` more can be taken, with a reserve left."""
     available = available_bytes()

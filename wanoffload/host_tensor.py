@@ -1,8 +1,9 @@
 """The tensor that stands in a block's `_parameters` outside a forward.
 
-It has real storage over the unit's host bytes, so reads need nothing special and are true. Writes
-pass `__torch_dispatch__`, which fences the engine first: bytes that a copy is reading are not
-changed under it, and what was prefetched from them is forgotten.
+It has real storage over the unit's host bytes, in memory or in a mapped file, so reads are true.
+Reads and writes pass `__torch_dispatch__`. Before a read a file is looked at for changes. A write
+fences the engine first: bytes that a copy is reading are not changed under it, what was
+prefetched from them is forgotten, and what stands in a file comes into memory.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ class WeightGuard(Protocol):
     tensors: weakref.WeakValueDictionary[int, HostTensor]
     """Every host tensor of the unit that somebody holds, by its id."""
 
+    def before_read(self) -> None:
+        """The unit's host bytes are about to be read. Raises if they are not what they were."""
+
     def before_write(self) -> None:
-        """The unit's host bytes are about to change."""
+        """The unit's host bytes are about to change; they may move to another place first."""
 
     def reader_in_forward(self) -> bool:
         """Whether this thread is inside a forward of the model."""
@@ -133,9 +137,19 @@ class HostTensor(torch.Tensor):
     ) -> Any:
         return _dispatch(func, args, kwargs or {})
 
+    def _checked(self) -> Tensor:
+        """The plain tensor, about to be read."""
+        if self._guard is not None:
+            self._guard.before_read()
+        return self._plain
+
+    def data_ptr(self) -> int:
+        self._checked()
+        return super().data_ptr()
+
     def numpy(self, *, force: bool = False) -> Any:
         """A read-only array over the same memory: writes through numpy could not be noticed."""
-        array = self._plain.detach().numpy(force=force)
+        array = self._checked().detach().numpy(force=force)
         array.flags.writeable = False
         return array
 
@@ -144,16 +158,16 @@ class HostTensor(torch.Tensor):
         return array.copy() if copy else array
 
     def tolist(self) -> Any:
-        return self._plain.tolist()
+        return self._checked().tolist()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = self._ordinary(self._plain.detach().clone())
+            memo[id(self)] = self._ordinary(self._checked().detach().clone())
         copy: Tensor = memo[id(self)]
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._ordinary(self._plain).__reduce_ex__(protocol)
+        return self._ordinary(self._checked()).__reduce_ex__(protocol)
 
     def _ordinary(self, plain: Tensor) -> Tensor:
         if isinstance(self, torch.nn.Parameter):
@@ -176,14 +190,19 @@ def set_free(tensors: list[HostTensor]) -> None:
     if not tensors:
         return
     with ordinary_tensors():
-        storage = tensors[0]._plain.untyped_storage().clone()
-        for tensor in tensors:
-            private = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
-                storage, tensor.storage_offset(), tensor.shape, tensor.stride()
-            )
-            torch.Tensor.data.__set__(tensor, private)  # type: ignore[attr-defined]
-            tensor._plain = private
-            tensor._guard_reference = None
+        move(tensors, tensors[0]._plain.untyped_storage().clone())
+    for tensor in tensors:
+        tensor._guard_reference = None
+
+
+def move(tensors: list[HostTensor], storage: torch.UntypedStorage) -> None:
+    """Host tensors of one weight stand on another storage from here on, with the same bytes."""
+    for tensor in tensors:
+        moved = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+            storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        torch.Tensor.data.__set__(tensor, moved)  # type: ignore[attr-defined]
+        tensor._plain = moved
 
 
 @contextmanager
@@ -199,7 +218,7 @@ def _identity(value: Tensor) -> Tensor:
 
 def _reduce_for_another_process(tensor: HostTensor) -> Any:
     """Sends a copy: torch moves what it sends to another process into shared memory."""
-    return _identity, (tensor._ordinary(tensor._plain.detach().clone()),)
+    return _identity, (tensor._ordinary(tensor._checked().detach().clone()),)
 
 
 ForkingPickler.register(HostTensor, _reduce_for_another_process)
@@ -237,6 +256,10 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for guard in {id(t._guard): t._guard for t in written}.values():
         if guard is not None:
             guard.before_write()
+    if func is not torch.ops.aten.detach.default:  # which looks at no value
+        for guard in {id(t._guard): t._guard for t in hosts}.values():
+            if guard is not None:
+                guard.before_read()
     results = func(*_to_plain(args, bool(written)), **_to_plain(kwargs, bool(written)))
     return _from_plain(results, hosts, is_copy=func is torch.ops.aten.clone.default)
 

@@ -7,13 +7,13 @@ pinned ring, in a device slot, later in a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wanoffload._C import HostImage
+from wanoffload._C import FileImage, HostBackend, HostImage, HostStore, Image, fingerprint
 
 ALIGNMENT = 256
 """Bytes between which tensors start: what the strictest kernels (fp8, vectorised loads) ask for."""
@@ -75,19 +75,38 @@ def device_view(spec: TensorSpec, memory: Tensor, start: int) -> Tensor:
     return _typed(memory[first : first + spec.nbytes], spec)
 
 
-def host_view(spec: TensorSpec, image: HostImage) -> Tensor:
+def host_view(spec: TensorSpec, image: Image) -> Tensor:
     """The tensor over the image's host bytes, with a storage of its own. No copy.
 
-    Its own storage, so that saving one tensor saves one tensor. It keeps the image alive.
+    Its own storage, so that saving one tensor saves one tensor. It keeps the image alive. Of an
+    image in files the bytes are mapped, and must not be written to.
     """
     if spec.nbytes == 0:
         return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="cpu")
-    window = memoryview(image)[spec.offset : spec.offset + spec.nbytes]
+    if isinstance(image, FileImage):
+        window = memoryview(image.view(spec.offset, spec.nbytes))
+    else:
+        assert isinstance(image, HostImage)
+        window = memoryview(image)[spec.offset : spec.offset + spec.nbytes]
     return _typed(torch.frombuffer(window, dtype=torch.uint8), spec)
 
 
-def write_image(image: HostImage, layout: ImageLayout, tensors: list[Tensor], lock: bool) -> None:
-    """Copies the tensors into the image, which they fill as `layout` says, and page-locks it.
+def fingerprint_of(image: Image) -> int:
+    """The fingerprint of the image's bytes on the host. What stands in files is read for it."""
+    if isinstance(image, HostImage):
+        return fingerprint(image.address, image.nbytes)
+    copy = HostStore(HostBackend()).allocate(image.nbytes)
+    copy.copy_from(image)
+    return fingerprint(copy.address, copy.nbytes)
+
+
+def write_image(
+    image: HostImage,
+    layout: ImageLayout,
+    tensors: list[Tensor],
+    lock: Callable[[HostImage], None],
+) -> None:
+    """Copies the tensors into the image, which they fill as `layout` says, and calls `lock` on it.
 
     Tensors in host memory are copied by many threads, the first touch of the image's pages.
     Others (on a device, or with gaps) are copied by torch, from a device after locking, at the
@@ -103,7 +122,6 @@ def write_image(image: HostImage, layout: ImageLayout, tensors: list[Tensor], lo
         else:
             others.append((spec, source))
     image.fill(pieces)
-    if lock:
-        image.lock()
+    lock(image)
     for spec, source in others:
         host_view(spec, image).copy_(source)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from wanoffload import hooks, image, units
-from wanoffload._C import Backend, CudaBackend, HostBackend, Prefetcher, fingerprint
+from wanoffload._C import Backend, CudaBackend, HostBackend, Image, Prefetcher, fingerprint
 from wanoffload.binding import Binding
 from wanoffload.errors import ConcurrentForwardError, MoveError, WrapError
 from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.step_time import StepTime
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,11 @@ logger = logging.getLogger(__name__)
 class Stats:
     """What an offloader did and holds. Counts since `wrap` or the last `reset_stats()`; bytes now.
 
-    `cold`: acquires that found nobody had fetched their block yet. `host_bytes`: of all images;
-    `locked_bytes`: page-locked, images and ring; `slot_bytes`: on the device, all slots;
-    `ring_bytes`: of the pinned ring, 0 where every image is page-locked. `slots`, `slot_bytes` and
-    `ring_bytes` are 0 while the offloader is paused. `predicted_step_seconds`: of a denoising step,
+    `cold`: acquires that found nobody had fetched their block yet. `host_bytes`: of the images in
+    host memory; `disk_bytes`: of those in files; `locked_bytes`: page-locked, images and ring;
+    `slot_bytes`: on the device, all slots; `ring_bytes`: of the pinned ring, 0 where every image is
+    page-locked. `slots`, `slot_bytes` and `ring_bytes` are 0 while the offloader is paused.
+    `predicted_step_seconds`: of a denoising step,
     by the plan; `measured_step_seconds`: of the second step. None where nothing was predicted, or
     the device has not got that far.
     """
@@ -44,6 +46,7 @@ class Stats:
     units: int
     slots: int
     host_bytes: int
+    disk_bytes: int
     locked_bytes: int
     slot_bytes: int
     ring_bytes: int
@@ -113,10 +116,12 @@ class Offloader(hooks.Attached):
         backend: Backend,
         slots: SlotMemory,
         prefetch: int,
+        host_plan: HostPlan,
         verify: bool,
     ) -> None:
         self.device = device
         self.verify = verify
+        self.host_plan = host_plan
         self.slots = slots
         self.bindings: list[Binding] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
@@ -149,6 +154,8 @@ class Offloader(hooks.Attached):
             self.slots.slot_bytes,
             self._slot_owner,
             depth=self._prefetch,
+            ring_chunks=self.host_plan.ring_chunks,
+            ring_chunk_bytes=CHUNK_BYTES,
         )
 
     def add(self, binding: Binding) -> None:
@@ -171,6 +178,16 @@ class Offloader(hooks.Attached):
 
     def release(self, index: int, stream: int, generation: int) -> None:
         self._prefetcher.release(index, stream, generation)
+
+    @property
+    def tiers(self) -> list[str]:
+        """Where each block's image stands: "pinned", "pageable" or "disk"."""
+        return [binding.tier for binding in self.bindings]
+
+    def replace(self, index: int, image: Image) -> None:
+        """Another image stands in the place of a block's from here on."""
+        if not self._closed and not self._paused:
+            self._prefetcher.replace_unit(index, image)
 
     def invalidate(self, index: int) -> None:
         if not self._closed and not self._paused:
@@ -381,14 +398,17 @@ class Offloader(hooks.Attached):
         counts = {name: self._past[name] + getattr(counted, name) for name in _COUNTS}
         self._step_time.tell()
         ring = self._prefetcher.ring_bytes
-        locked = sum(b.image.nbytes for b in self.bindings if b.image.locked)
+        in_tier = dict.fromkeys((PINNED, PAGEABLE, DISK), 0)
+        for binding in self.bindings:
+            in_tier[binding.tier] += binding.image.nbytes
         return Stats(
             forwards=self._forwards,
             **counts,
             units=len(self.bindings),
             slots=self.slots.count,
-            host_bytes=sum(b.image.nbytes for b in self.bindings),
-            locked_bytes=locked + ring,
+            host_bytes=in_tier[PINNED] + in_tier[PAGEABLE],
+            disk_bytes=in_tier[DISK],
+            locked_bytes=in_tier[PINNED] + ring,
             slot_bytes=self.slots.nbytes,
             ring_bytes=ring,
             predicted_step_seconds=self._step_time.predicted,

@@ -5,30 +5,45 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wanoffload import host_memory, image
-from wanoffload._C import HostImage
+from wanoffload._C import FileImage, HostImage
 from wanoffload.binding import Binding
+from wanoffload.host_tiers import DISK, HostPlan
 from wanoffload.image import ImageLayout
 from wanoffload.units import Unit, tie_key
 
+Lock = Callable[[HostImage], None]
+"""Page-locks an image, or leaves it, as its tier asks."""
+
 
 class Weights(Protocol):
-    """The weights of one model, while it is wrapped. Methods are called in this order, once each
-    but `write`, and `undo` in place of what is left when something fails."""
+    """The weights of one model, while it is wrapped. Methods are called in this order, `write` and
+    `in_files` once for each unit, and `undo` in place of what is left when something fails."""
 
-    def prepare(self, units: list[Unit], layouts: list[ImageLayout]) -> None:
-        """Nothing is moved yet. Raises HostMemoryError if the host has too little for the rest."""
+    def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
+        """What keeps the unit's image from standing in a file, as the disk tier needs it."""
+
+    def room(self, units: list[Unit], layouts: list[ImageLayout]) -> int:
+        """Bytes of host memory that the images may take: what is to be had, what the weights give
+        back on their way, less what the way needs."""
+
+    def prepare(self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan) -> None:
+        """Nothing is moved yet. Raises HostMemoryError if the host has too little for the plan."""
 
     def place_others(self, streamed: set[int]) -> None:
         """Brings to the device what is not streamed. `streamed`: ids of the parameters that are."""
 
-    def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: bool) -> None:
-        """Fills a unit's image as `layout` says, and page-locks it if `lock`."""
+    def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: Lock) -> None:
+        """Fills a unit's image as `layout` says, and calls `lock` once its pages are there."""
+
+    def in_files(self, unit: Unit, layout: ImageLayout) -> FileImage:
+        """The unit's image where it stands in files. Only if nothing keeps it from that."""
 
     def finish(self) -> None:
         """The model is wrapped: lets go of what only the way needed."""
@@ -50,14 +65,24 @@ class OwnTensors:
         self._moved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._came_from: list[list[torch.device]] = []  # for each unit, its tensors' devices
 
-    def prepare(self, units: list[Unit], layouts: list[ImageLayout]) -> None:
-        """What is still to be taken: blocks on the host are moved one at a time, not copied."""
-        tensors = [group[0].tensor for unit in units for group in unit.groups]
-        added = host_memory.bytes_not_given_back(tensors)
+    def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
+        return "the weights of this model are in memory, and in no file that could be read"
+
+    def in_files(self, unit: Unit, layout: ImageLayout) -> NoReturn:
+        raise AssertionError("they are in memory")
+
+    def room(self, units: list[Unit], layouts: list[ImageLayout]) -> int:
+        """Blocks on the host are moved one at a time, not copied."""
+        given_back = sum(layout.nbytes for layout in layouts) - _kept(units)
+        return host_memory.to_be_had() + given_back - max(layout.nbytes for layout in layouts)
+
+    def prepare(self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan) -> None:
+        """What is still to be taken."""
         largest = max(layout.nbytes for layout in layouts)
         total = sum(layout.nbytes for layout in layouts)
+        in_memory = [u for u, tier in zip(units, plan.tiers, strict=True) if tier != DISK]
         host_memory.require(
-            added + largest,
+            _kept(in_memory) + largest + plan.ring_bytes,
             f"wrapping {type(self._model).__name__} ({len(units)} blocks of "
             f"{total / 1e9:.2f} GB in all, moved one at a time)",
         )
@@ -82,7 +107,7 @@ class OwnTensors:
                     self._moved.append((owner, key, buffer, buffer))
                     owner._buffers[key] = buffer.to(self._device)
 
-    def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: bool) -> None:
+    def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: Lock) -> None:
         tensors = [group[0].tensor for group in unit.groups]
         self._came_from.append([tensor.device for tensor in tensors])
         image.write_image(memory, layout, tensors, lock)
@@ -94,7 +119,7 @@ class OwnTensors:
 
     def undo(self, bound: list[Binding]) -> None:
         for binding, devices in zip(bound, self._came_from, strict=False):
-            binding.image.unlock()
+            binding.unlock()
             binding.give_back()
             for group, device in zip(binding.unit.groups, devices, strict=True):
                 parameter = group[0].tensor
@@ -104,3 +129,9 @@ class OwnTensors:
                 owner._buffers[key] = tensor
             else:
                 tensor.data = data
+
+
+def _kept(units: list[Unit]) -> int:
+    """Bytes of the units' tensors whose memory does not become free when they are let go."""
+    tensors = [group[0].tensor for unit in units for group in unit.groups]
+    return host_memory.bytes_not_given_back(tensors)

@@ -12,18 +12,21 @@ from torch import nn
 from tqdm import tqdm
 
 from wanoffload import hooks, host_memory, image
-from wanoffload._C import Backend, HostStore
+from wanoffload._C import BackendError, HostImage, HostMemoryError, HostStore, Image
 from wanoffload.binding import Binding
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.host_tiers import AUTO, DISK, PINNED, HostChoice, HostPlan, assign
+from wanoffload.image import ImageLayout
 from wanoffload.runtime import Offloader, SlotMemory, backend_for
 from wanoffload.units import Unit, check_wrappable, find_units
 from wanoffload.weights import OwnTensors, Weights
 
 logger = logging.getLogger(__name__)
 
-HOST_KINDS = ("pinned", "pageable")
 MOVE, LEAVE = "move", "leave"
+NOT_LOCKED = 0.1
+"""Of the host memory that is to be had, what `host="auto"` does not page-lock."""
 
 
 def wrap(
@@ -31,7 +34,8 @@ def wrap(
     prefetch: int = 2,
     *,
     device: torch.device | str | int | None = None,
-    host: str = "pinned",
+    host: str = AUTO,
+    host_budget: int | str | None = None,
     verify: bool = False,
 ) -> nn.Module:
     """Streams a transformer's blocks through a few slots of device memory. In place.
@@ -53,8 +57,13 @@ def wrap(
             of different length.
         device: where it computes. Default: the current CUDA device, else the CPU, where the same
             engine runs on threads.
-        host: "pinned" (page-locked memory, one copy at the link's rate) or "pageable" (ordinary
-            memory, copied through a page-locked ring of 128 MiB).
+        host: where the weights stand on the host. "pinned": page-locked memory, one copy at the
+            link's rate. "pageable": ordinary memory, copied through a page-locked ring of 128 MiB.
+            "disk": in a file, read for each use through a ring of 1 GiB at most. "auto": pinned, as
+            far as the budget and the machine permit; see `offloader(transformer).tiers` for what
+            was chosen. A weight on disk that is written to comes into memory first.
+        host_budget: bytes, or text such as "40GiB": what images and ring may take of the host's
+            memory. Default: what is to be had, a part of it left to others.
         verify: debug. Every block is checked against a fingerprint of its host bytes before use
             and after; waits for the device at every block.
 
@@ -66,7 +75,8 @@ def wrap(
         HostMemoryError: too little host memory. The model is as it was.
         torch.OutOfMemoryError: too little device memory for the slots. The model is as it was.
     """
-    stream(transformer, prefetch, device=device, host=host, verify=verify)
+    choice = HostChoice.of(host, host_budget)
+    stream(transformer, prefetch, device=device, host=choice, verify=verify)
     return transformer
 
 
@@ -75,7 +85,7 @@ def stream(
     prefetch: int,
     *,
     device: torch.device | str | int | None = None,
-    host: str = "pinned",
+    host: HostChoice = HostChoice(),  # noqa: B008 (it is frozen)
     verify: bool = False,
     rest: str = MOVE,
     progress: tqdm[NoReturn] | None = None,
@@ -87,7 +97,7 @@ def stream(
     counts the bytes of the blocks, instead of one of its own.
     """
     _check_module(module)
-    check_options(prefetch, host, verify)
+    check_options(prefetch, verify)
     assert rest in (MOVE, LEAVE)
     check_wrappable(module)
     target = resolve_device(device)
@@ -101,7 +111,7 @@ def start(
     prefetch: int,
     device: torch.device,
     *,
-    host: str,
+    host: HostChoice,
     verify: bool,
     progress: tqdm[NoReturn] | None = None,
     title: str = "wrap",
@@ -112,9 +122,28 @@ def start(
     of this title.
     """
     found = find_units(module)
-    backend = backend_for(device)
+    layouts = [
+        image.lay_out((group[0].name, group[0].tensor) for group in unit.groups) for unit in found
+    ]
+    what = f"{title} {type(module).__name__}"
+    plan = _plan(what, weights, found, layouts, host)
     with ordinary_tensors(), _bar(progress, found, title) as bar:
-        return _Wrapping(module, weights, found, device, backend, host, prefetch, verify, bar).run()
+        return _Wrapping(
+            module, weights, found, layouts, device, plan, host, prefetch, verify, bar
+        ).run()
+
+
+def _plan(
+    what: str, weights: Weights, found: list[Unit], layouts: list[ImageLayout], host: HostChoice
+) -> HostPlan:
+    """What is page-locked the machine can't take back: `auto` leaves a part of the free memory."""
+    sizes = [layout.nbytes for layout in layouts]
+    room = weights.room(found, layouts)
+    lockable = room - int(host_memory.to_be_had() * NOT_LOCKED)
+    reasons = [weights.why_not_in_files(u, own) for u, own in zip(found, layouts, strict=True)]
+    plan = assign(what, sizes, host, room, lockable, reasons)
+    logger.info("%s: %s", what, plan.sentence)
+    return plan
 
 
 @contextmanager
@@ -132,19 +161,36 @@ def unwrap(transformer: nn.Module, device: torch.device | str | int = "cpu") -> 
     """Makes a wrapped transformer an ordinary module again, in place, and moves it to `device`.
 
     Values are the same; on "cpu" the block weights stay in the memory where they are, without a
-    copy, no longer page-locked. Hooks of others (caches, compiled blocks, LoRA) stay. A module that
-    is not wrapped raises WrapError.
+    copy, no longer page-locked; those on disk are read into memory. Hooks of others (caches,
+    compiled blocks, LoRA) stay. A module that is not wrapped raises WrapError; too little host
+    memory, HostMemoryError, and the model is as it was.
     """
     runtime = offloader(transformer)
+    target = torch.device(device)
     with ordinary_tensors():
+        _bring_into_memory(runtime, target)
         runtime.close()
         for binding in runtime.bindings:
             hooks.remove(binding.unit.module)
-            binding.give_back()
+            if not binding.owned and target.type != "cpu":
+                binding.give_back()
+                binding.unit.module.to(target)  # now, so that one block at a time is in memory
+            else:
+                binding.give_back()
         hooks.remove(transformer)  # last: until here unwrap can be called again
         runtime.bindings.clear()
-        transformer.to(torch.device(device))
+        transformer.to(target)
     return transformer
+
+
+def _bring_into_memory(runtime: Offloader, target: torch.device) -> None:
+    """What is not in own memory and will stay on the host, while the model is still whole."""
+    missing = [binding for binding in runtime.bindings if not binding.owned]
+    if missing and target.type == "cpu":
+        total = sum(binding.image.nbytes for binding in missing)
+        host_memory.require(total, f"bringing {len(missing)} blocks from disk into memory")
+        for binding in missing:
+            binding.take_ownership()
 
 
 def offloader(transformer: nn.Module) -> Offloader:
@@ -170,12 +216,10 @@ def _check_module(transformer: nn.Module) -> None:
             )
 
 
-def check_options(prefetch: int, host: str, verify: bool) -> None:
+def check_options(prefetch: int, verify: bool) -> None:
     """Raises WrapError for an option of `wrap` and `load` that can't be used."""
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise WrapError(f"prefetch is a number of blocks, 0 or more, not {prefetch!r}")
-    if host not in HOST_KINDS:
-        raise WrapError(f"host is one of {', '.join(map(repr, HOST_KINDS))}, not {host!r}")
     if not isinstance(verify, bool):
         raise WrapError(f"verify is True or False, not {verify!r}")
 
@@ -201,6 +245,10 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _leave(memory: HostImage) -> None:
+    """An image that is not to be page-locked."""
+
+
 class _Wrapping:
     """One call of `wrap` or `load`: what it has made so far, so that it can be taken back."""
 
@@ -209,9 +257,10 @@ class _Wrapping:
         model: nn.Module,
         weights: Weights,
         found: list[Unit],
+        layouts: list[ImageLayout],
         device: torch.device,
-        backend: Backend,
-        host: str,
+        plan: HostPlan,
+        host: HostChoice,
         prefetch: int,
         verify: bool,
         progress: tqdm[NoReturn],
@@ -220,21 +269,20 @@ class _Wrapping:
         self.weights = weights
         self.units = found
         self.device = device
-        self.backend = backend
-        self.lock = host == "pinned"
+        self.backend = backend_for(device)
+        self.plan = plan
+        self.host = host
+        self.lock_refused = False
         self.prefetch = prefetch
         self.verify = verify
         self.progress = progress
-        self.layouts = [
-            image.lay_out((group[0].name, group[0].tensor) for group in unit.groups)
-            for unit in found
-        ]
+        self.layouts = layouts
         self.runtime: Offloader | None = None
         self.bound: list[Binding] = []
 
     def run(self) -> Offloader:
         try:
-            self.weights.prepare(self.units, self.layouts)
+            self.weights.prepare(self.units, self.layouts, self.plan)
             self._make_runtime()
             self._place_others()
             self._write_units()
@@ -254,6 +302,7 @@ class _Wrapping:
             backend=self.backend,
             slots=SlotMemory(count, slot_bytes, self.device),
             prefetch=min(self.prefetch, len(self.units)),
+            host_plan=self.plan,
             verify=self.verify,
         )
 
@@ -272,13 +321,36 @@ class _Wrapping:
     def _write_units(self) -> None:
         assert self.runtime is not None
         store = HostStore(self.backend)
-        for unit, layout in zip(self.units, self.layouts, strict=True):
-            host_memory.require(layout.nbytes, f"the image of {unit.name}")
-            memory = store.allocate(layout.nbytes)
-            self.weights.write(unit, layout, memory, self.lock)
-            self.bound.append(Binding(self.runtime, unit, layout, memory))
+        for unit, layout, tier in zip(self.units, self.layouts, self.plan.tiers, strict=True):
+            placed = self._place(store, unit, layout, tier)
+            self.bound.append(Binding(self.runtime, unit, layout, placed))
+            del placed  # or whoever keeps the next unit's error keeps this one too
             self.bound[-1].make_weights()
             self.progress.update(sum(spec.nbytes for spec in layout.specs))
+
+    def _place(self, store: HostStore, unit: Unit, layout: ImageLayout, tier: str) -> Image:
+        """The unit's image, in memory or in files."""
+        if tier == DISK:
+            return self.weights.in_files(unit, layout)
+        host_memory.require(layout.nbytes, f"the image of {unit.name}")
+        memory = store.allocate(layout.nbytes)
+        self.weights.write(unit, layout, memory, self._lock if tier == PINNED else _leave)
+        return memory
+
+    def _lock(self, memory: HostImage) -> None:
+        """Page-locks an image. With `auto`, what the machine does not lock stays pageable."""
+        if self.lock_refused:
+            return
+        try:
+            memory.lock()
+        except (BackendError, HostMemoryError) as error:
+            if self.host.kind != AUTO:
+                raise HostMemoryError(
+                    f"{error}. host='pinned' needs page-locked memory (see `ulimit -l`, and the "
+                    "limits of the container); host='pageable' and 'auto' do without"
+                ) from error
+            self.lock_refused = True
+            logger.warning("the machine locks no more memory (%s): the rest is pageable", error)
 
     def _connect(self) -> None:
         assert self.runtime is not None

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from wanoffload.host_tiers import AUTO, HostChoice
 from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
 from wanoffload.loading.stored_weights import StoredWeights
@@ -29,7 +30,8 @@ def load(
     local_files_only: bool = False,
     prefetch: int = 2,
     device: torch.device | str | int | None = None,
-    host: str = "pinned",
+    host: str = AUTO,
+    host_budget: int | str | None = None,
     verify: bool = False,
 ) -> Model:
     """Reads a checkpoint straight into the host memory from which blocks are streamed.
@@ -47,7 +49,9 @@ def load(
         subfolder, variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
         torch_dtype: as of `from_pretrained`, with what the class keeps in fp32. None: what the
             class is constructed in, which is fp32 as a rule, whatever the checkpoint holds.
-        prefetch, device, host, verify: as of `wrap`.
+        prefetch, device, host, host_budget, verify: as of `wrap`. With "disk" (or "auto", where
+            memory is short) blocks stay in the checkpoint's own files and are read from there,
+            which must stay as they are; it takes a checkpoint that holds the dtypes to be used.
 
     Raises:
         CheckpointError: files are missing, not whole, or of another model; names file, tensor and
@@ -58,7 +62,8 @@ def load(
         torch.OutOfMemoryError: too little device memory.
         After any of them, nothing is held.
     """
-    check_options(prefetch, host, verify)
+    check_options(prefetch, verify)
+    choice = HostChoice.of(host, host_budget)
     target = resolve_device(device)
     checkpoint = Checkpoint.open(
         path_or_id,
@@ -71,5 +76,5 @@ def load(
     )
     described = describe(cls, checkpoint, torch_dtype)
     weights = StoredWeights(described, target)
-    start(described.module, weights, prefetch, target, host=host, verify=verify, title="load")
+    start(described.module, weights, prefetch, target, host=choice, verify=verify, title="load")
     return described.module  # type: ignore[return-value]  # it is of class cls

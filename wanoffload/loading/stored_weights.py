@@ -8,13 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from wanoffload import host_memory, image
-from wanoffload._C import HostBackend, HostImage, HostStore, SourceFile, TransferError
+from wanoffload._C import (
+    FileImage,
+    HostBackend,
+    HostImage,
+    HostStore,
+    SourceFile,
+    TransferError,
+)
 from wanoffload.binding import Binding
 from wanoffload.errors import CheckpointError
+from wanoffload.host_tiers import HostPlan, host_bytes
 from wanoffload.image import ImageLayout, TensorSpec
 from wanoffload.loading.describing import Described, torch_dtype_of
 from wanoffload.loading.header import read_header
 from wanoffload.units import Unit
+from wanoffload.weights import Lock
 
 Extent = tuple[SourceFile, int, int, int]
 
@@ -35,10 +44,24 @@ class StoredWeights:
         self._store = HostStore(HostBackend())
         self._buffer: HostImage | None = None
         self._files: dict[Path, SourceFile] = {}
+        self._direct = False  # the page cache has no room for the files beside the images
 
-    def prepare(self, units: list[Unit], layouts: list[ImageLayout]) -> None:
-        """Opens the files, and raises HostMemoryError if the model will not fit."""
-        self._require_memory(units, layouts)
+    def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
+        for name in _names([unit]):
+            if self._is_cast(name):
+                return (
+                    f"{name} is stored as {torch_dtype_of(self._stored[name])} and used as "
+                    f"{self._dtypes[name]}, so the checkpoint itself can't be streamed: give "
+                    "cache=FILE, which holds what is used"
+                )
+        return None
+
+    def room(self, units: list[Unit], layouts: list[ImageLayout]) -> int:
+        return host_memory.to_be_had() - self._beside(units)
+
+    def prepare(self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan) -> None:
+        """Opens the files, and raises HostMemoryError if the plan will not fit."""
+        self._require_memory(units, layouts, plan)
         for path in sorted({tensor.file for tensor in self._stored.values()}):
             self._files[path] = SourceFile(str(path))
             self._check_same(path)
@@ -50,19 +73,27 @@ class StoredWeights:
         if any(found.get(tensor.name) != tensor for tensor in known):
             raise CheckpointError(f"{path} was replaced while it was being loaded")
 
-    def _require_memory(self, units: list[Unit], layouts: list[ImageLayout]) -> None:
-        blocks = sum(layout.nbytes for layout in layouts)
+    def _require_memory(
+        self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan
+    ) -> None:
+        sizes = [layout.nbytes for layout in layouts]
+        needed = host_bytes(sizes, plan) + self._beside(units)
+        in_files = sum(path.stat().st_size for path in {t.file for t in self._stored.values()})
+        self._direct = host_memory.to_be_had() < needed + in_files
+        host_memory.require(
+            needed,
+            f"loading {type(self._module).__name__} ({len(units)} blocks of "
+            f"{sum(sizes) / 1e9:.2f} GB in all: {plan.sentence})",
+        )
+
+    def _beside(self, units: list[Unit]) -> int:
+        """Bytes of host memory that the way needs besides images and ring."""
         streamed = set(_names(units))
         others = [name for name in self._stored if name not in streamed]
         through_buffer = [*others, *(name for name in streamed if self._is_cast(name))]
         buffer = max((self._stored[name].nbytes for name in through_buffer), default=0)
         resident = sum(self._bytes_of(name) for name in others)
-        on_host = blocks + buffer + (resident if self._device.type == "cpu" else 0)
-        host_memory.require(
-            on_host,
-            f"loading {type(self._module).__name__} ({len(units)} blocks of {blocks / 1e9:.2f} GB "
-            "in all)",
-        )
+        return buffer + (resident if self._device.type == "cpu" else 0)
 
     def place_others(self, streamed: set[int]) -> None:
         for prefix, owner in self._module.named_modules():
@@ -77,14 +108,17 @@ class StoredWeights:
                 saved = key not in owner._non_persistent_buffers_set
                 owner._buffers[key] = self._value(dot + key) if saved else buffer.to(self._device)
 
-    def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: bool) -> None:
+    def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: Lock) -> None:
         named = list(zip(_names([unit]), layout.specs, strict=True))
         self._fill(memory, [(name, spec) for name, spec in named if not self._is_cast(name)])
         for name, spec in named:
             if self._is_cast(name):
                 image.host_view(spec, memory).copy_(self._in_buffer(name))
-        if lock:
-            memory.lock()
+        lock(memory)
+
+    def in_files(self, unit: Unit, layout: ImageLayout) -> FileImage:
+        named = zip(_names([unit]), layout.specs, strict=True)
+        return FileImage([self._extent(name, spec.offset) for name, spec in named], layout.nbytes)
 
     def finish(self) -> None:
         self._files.clear()
@@ -94,7 +128,7 @@ class StoredWeights:
         """The module, which nobody else has, is left without anything that holds memory."""
         self.finish()
         for binding in bound:
-            binding.image.unlock()
+            binding.unlock()
         bound.clear()
         for owner in self._module.modules():
             owner._parameters.clear()
@@ -131,7 +165,9 @@ class StoredWeights:
     def _fill(self, memory: HostImage, named: list[tuple[str, TensorSpec]]) -> None:
         """Reads tensors to their places, as they are stored."""
         try:
-            memory.fill_from([self._extent(name, spec.offset) for name, spec in named])
+            memory.fill_from(
+                [self._extent(name, spec.offset) for name, spec in named], direct=self._direct
+            )
         except TransferError as error:
             names = named[0][0] if len(named) == 1 else f"{named[0][0]} to {named[-1][0]}"
             raise TransferError(f"{names} could not be read: {error}") from error
