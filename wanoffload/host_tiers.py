@@ -50,7 +50,7 @@ class HostPlan:
     @property
     def ring_chunks(self) -> int:
         """Also where no ring is planned: a unit that is written to, or not locked, may need one."""
-        return max(RING_BYTES, self.ring_bytes) // CHUNK_BYTES
+        return -(-max(RING_BYTES, self.ring_bytes) // CHUNK_BYTES)
 
 
 def assign(

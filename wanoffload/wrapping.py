@@ -245,6 +245,11 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def lock_image(memory: HostImage) -> None:
+    """Page-locks it, in this process."""
+    memory.lock()
+
+
 def _leave(memory: HostImage) -> None:
     """An image that is not to be page-locked."""
 
@@ -342,7 +347,7 @@ class _Wrapping:
         if self.lock_refused:
             return
         try:
-            memory.lock()
+            lock_image(memory)
         except (BackendError, HostMemoryError) as error:
             if self.host.kind != AUTO:
                 raise HostMemoryError(
