@@ -22,6 +22,7 @@ PinnedRing::Chunk PinnedRing::check_out(Milliseconds timeout) {
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   std::unique_lock lock(mutex_);
   for (;;) {
+    reap();
     if (!free_.empty()) {
       const std::size_t index = free_.back();
       free_.pop_back();
@@ -46,6 +47,15 @@ PinnedRing::Chunk PinnedRing::check_out(Milliseconds timeout) {
       throw TransferTimeout("no chunk of the pinned ring came free within " +
                             std::to_string(timeout.count()) + " ms");
     }
+  }
+}
+
+// Chunks whose copies have ended come free, the one used last on top: as long as copies keep up,
+// few chunks of a large ring are used again and again, and stay in the processor's caches.
+void PinnedRing::reap() {
+  while (!in_flight_.empty() && backend_->is_complete(events_[in_flight_.front()].handle())) {
+    free_.push_back(in_flight_.front());
+    in_flight_.pop_front();
   }
 }
 

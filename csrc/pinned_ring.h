@@ -43,6 +43,8 @@ class PinnedRing {
   [[nodiscard]] Counts counts() const;
 
  private:
+  void reap();  // with mutex_ held
+
   const BackendPtr backend_;
   const std::size_t chunk_bytes_;
   HostStore store_;

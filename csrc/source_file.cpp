@@ -21,6 +21,7 @@ namespace {
 constexpr std::size_t kBounceBytes = (std::size_t{4} << 20) + 2 * kDirectAlignment;
 // Below this, one copy costs less than a read of its own for each ragged end.
 constexpr std::size_t kLeastStraight = std::size_t{64} << 10;
+constexpr std::size_t kLeastAdvised = std::size_t{256} << 10;
 
 std::size_t round_down(std::size_t value) { return value / kDirectAlignment * kDirectAlignment; }
 std::size_t round_up(std::size_t value) { return round_down(value + kDirectAlignment - 1); }
@@ -156,6 +157,11 @@ bool fits_in_blocks(std::size_t offset, std::size_t bytes, const std::byte* memo
 
 void SourceFile::read_buffered(std::size_t offset, std::size_t bytes,
                                std::byte* destination) const {
+  // All at once: reading ahead, the system would ask for much less.
+  if (bytes >= kLeastAdvised) {
+    ::posix_fadvise(buffered_.number(), static_cast<off_t>(offset), static_cast<off_t>(bytes),
+                    POSIX_FADV_WILLNEED);
+  }
   while (bytes > 0) {
     const auto got = static_cast<std::size_t>(read_once(buffered_, offset, bytes, destination));
     if (got == 0) {

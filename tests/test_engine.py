@@ -22,6 +22,7 @@ from wanoffload._C import (
     HostImage,
     HostStore,
     OffloadError,
+    PinnedRing,
     Prefetcher,
     TransferError,
     TransferTimeout,
@@ -322,6 +323,20 @@ def test_a_fetch_through_the_ring_that_stalls_is_a_timeout_with_the_last_events(
     with pytest.raises(TransferTimeout, match="200 ms") as error:
         engine.acquire(0, 0)
     assert "fetch unit 0 slot 0" in str(error.value)
+
+
+def test_a_chunk_whose_copy_has_ended_is_the_next_to_be_used() -> None:
+    """However large the ring, few of its chunks are in use while copies keep up."""
+    backend = HostBackend()
+    ring = PinnedRing(backend, 5, 4096)
+    first, _ = ring.check_out()
+    second, _ = ring.check_out()
+    for chunk in (first, second):
+        ring.send(chunk, 0)  # the calling thread: it is over at once
+    assert ring.counts == (3, 0, 2)
+    assert ring.check_out()[0] == second
+    assert ring.counts == (4, 1, 0)
+    assert ring.check_out()[0] == first
 
 
 def test_the_ring_takes_several_threads_and_chunks_smaller_than_a_unit() -> None:
