@@ -19,6 +19,11 @@ ALIGNMENT = 256
 """Bytes between which tensors start: what the strictest kernels (fp8, vectorised loads) ask for."""
 
 
+Lock = Callable[[HostImage, bool], None]
+"""lock(image, now): page-locks an image, or leaves it, as its tier asks. If not `now`, it may be done
+beside what comes next."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Where one tensor stands in an image."""
@@ -104,7 +109,7 @@ def write_image(
     image: HostImage,
     layout: ImageLayout,
     tensors: list[Tensor],
-    lock: Callable[[HostImage], None],
+    lock: Lock,
 ) -> None:
     """Copies the tensors into the image, which they fill as `layout` says, and calls `lock` on it.
 
@@ -122,6 +127,6 @@ def write_image(
         else:
             others.append((spec, source))
     image.fill(pieces)
-    lock(image)
+    lock(image, bool(others))
     for spec, source in others:
         host_view(spec, image).copy_(source)

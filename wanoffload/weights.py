@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 import torch
@@ -15,11 +14,8 @@ from wanoffload import host_memory, image
 from wanoffload._C import FileImage, HostImage
 from wanoffload.binding import Binding
 from wanoffload.host_tiers import DISK, HostPlan
-from wanoffload.image import ImageLayout
+from wanoffload.image import ImageLayout, Lock
 from wanoffload.units import Unit, tie_key
-
-Lock = Callable[[HostImage], None]
-"""Page-locks an image, or leaves it, as its tier asks."""
 
 
 class Weights(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -250,7 +251,7 @@ def lock_image(memory: HostImage) -> None:
     memory.lock()
 
 
-def _leave(memory: HostImage) -> None:
+def _leave(memory: HostImage, now: bool) -> None:
     """An image that is not to be page-locked."""
 
 
@@ -278,6 +279,8 @@ class _Wrapping:
         self.plan = plan
         self.host = host
         self.lock_refused = False
+        self.locker = ThreadPoolExecutor(1, "wanoffload-lock")
+        self.locking: list[Future[None]] = []
         self.prefetch = prefetch
         self.verify = verify
         self.progress = progress
@@ -293,6 +296,7 @@ class _Wrapping:
             self._write_units()
             self._connect()
         except BaseException:
+            self.locker.shutdown(cancel_futures=True)
             self._take_back()
             raise
         self.weights.finish()
@@ -332,6 +336,9 @@ class _Wrapping:
             del placed  # or whoever keeps the next unit's error keeps this one too
             self.bound[-1].make_weights()
             self.progress.update(sum(spec.nbytes for spec in layout.specs))
+            self._raise_if_refused(wait=False)
+        self._raise_if_refused(wait=True)
+        self.locker.shutdown()
 
     def _place(self, store: HostStore, unit: Unit, layout: ImageLayout, tier: str) -> Image:
         """The unit's image, in memory or in files."""
@@ -342,7 +349,18 @@ class _Wrapping:
         self.weights.write(unit, layout, memory, self._lock if tier == PINNED else _leave)
         return memory
 
-    def _lock(self, memory: HostImage) -> None:
+    def _lock(self, memory: HostImage, now: bool) -> None:
+        """Page-locks an image beside what comes next, or now, before this returns."""
+        self.locking.append(self.locker.submit(self._try_to_lock, memory))
+        if now:
+            self._raise_if_refused(wait=True)
+
+    def _raise_if_refused(self, wait: bool) -> None:
+        """Raises what kept an image from being page-locked."""
+        while self.locking and (wait or self.locking[0].done()):
+            self.locking.pop(0).result()
+
+    def _try_to_lock(self, memory: HostImage) -> None:
         """Page-locks an image. With `auto`, what the machine does not lock stays pageable."""
         if self.lock_refused:
             return

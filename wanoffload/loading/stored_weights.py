@@ -19,11 +19,10 @@ from wanoffload._C import (
 from wanoffload.binding import Binding
 from wanoffload.errors import CheckpointError
 from wanoffload.host_tiers import HostPlan, host_bytes
-from wanoffload.image import ImageLayout, TensorSpec
+from wanoffload.image import ImageLayout, Lock, TensorSpec
 from wanoffload.loading.describing import Described, torch_dtype_of
 from wanoffload.loading.header import read_header
 from wanoffload.units import Unit
-from wanoffload.weights import Lock
 
 Extent = tuple[SourceFile, int, int, int]
 
@@ -114,7 +113,7 @@ class StoredWeights:
         for name, spec in named:
             if self._is_cast(name):
                 image.host_view(spec, memory).copy_(self._in_buffer(name))
-        lock(memory)
+        lock(memory, False)
 
     def in_files(self, unit: Unit, layout: ImageLayout) -> FileImage:
         named = zip(_names([unit]), layout.specs, strict=True)

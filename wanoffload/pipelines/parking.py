@@ -126,7 +126,7 @@ class Parked:
         firsts = [group[0] for group in kin]
         layout = image.lay_out((str(i), tensor) for i, tensor in enumerate(firsts))
         memory = store.allocate(layout.nbytes)
-        image.write_image(memory, layout, firsts, HostImage.lock)
+        image.write_image(memory, layout, firsts, lambda image, _: image.lock())
         homes = tuple(image.host_view(spec, memory) for spec in layout.specs)
         for number, (home, group) in enumerate(zip(homes, kin, strict=True)):
             self._places[home.data_ptr()] = (len(self._images), number)
