@@ -20,8 +20,8 @@ ALIGNMENT = 256
 
 
 Lock = Callable[[HostImage, bool], None]
-"""lock(image, now): page-locks an image, or leaves it, as its tier asks. If not `now`, it may be done
-beside what comes next."""
+"""lock(image, now): page-locks an image, or leaves it, as its tier asks. If not `now`, it may be
+done beside what comes next."""
 
 
 @dataclass(frozen=True)
