@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from wanoffload._C import FileImage, HostImage, SourceFile, TransferError, fingerprint
+from wanoffload._C import FileImage, HostImage, SourceFile, TransferError
 from wanoffload.errors import CacheFileError
 from wanoffload.image import ImageLayout
 from wanoffload.loading.cache_header import (
@@ -97,27 +97,21 @@ class CacheFile:
     # Images.
 
     def image(self, name: str) -> FileImage:
-        """A unit's image, to be read from the file at each fetch, and checked at each."""
+        """A unit's image where it stands in the file; its checksum is compared as it is read."""
         unit = self.units[name]
-        return FileImage([self._extent(unit)], unit.layout.nbytes, checksum=unit.checksum)
+        extent = (self._file, unit.offset, unit.layout.nbytes, 0)
+        return FileImage([extent], unit.layout.nbytes, fingerprint=unit.checksum)
 
-    def fill(self, name: str, memory: HostImage, *, direct: bool = False) -> None:
-        """Reads a unit's image. Raises CacheFileError if it is not what was written there,
-        TransferError if it could not be read; both name file and unit."""
-        unit = self.units[name]
+    def fill(self, name: str, memory: HostImage) -> None:
+        """Reads a unit's image into memory. Raises TransferError, which names unit, file and
+        place, if it could not be read or is not what was written there."""
         try:
-            memory.fill_from([self._extent(unit)], direct=direct)
+            memory.copy_from(self.image(name))
         except TransferError as error:
-            raise TransferError(f"{name} could not be read: {error}") from error
-        if fingerprint(memory.address, memory.nbytes) != unit.checksum:
-            raise CacheFileError(
-                f"the cache file {self.path} is spoilt: the image of {name} (bytes {unit.offset} "
-                f"to {unit.offset + unit.layout.nbytes}) does not have its checksum. Delete the "
-                "file to have it written anew."
-            )
-
-    def _extent(self, unit: CachedUnit) -> tuple[SourceFile, int, int, int]:
-        return self._file, unit.offset, unit.layout.nbytes, 0
+            raise TransferError(
+                f"{name} can't be taken from the cache file: {error}. Delete the file to have it "
+                "written anew."
+            ) from error
 
 
 def _read_header(file: SourceFile) -> CacheHeader:

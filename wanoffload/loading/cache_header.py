@@ -48,7 +48,9 @@ class CacheHeader:
     file_bytes: int
 
     @staticmethod
-    def plan(identity: Identity, names: Sequence[str], layouts: Sequence[ImageLayout]) -> CacheHeader:
+    def plan(
+        identity: Identity, names: Sequence[str], layouts: Sequence[ImageLayout]
+    ) -> CacheHeader:
         """Gives each image its place; the checksums are still to come."""
         offsets, end = [], 0
         for layout in layouts:

@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
@@ -15,10 +15,11 @@ from wanoffload import host_memory
 from wanoffload._C import HostBackend, HostImage, HostStore, fingerprint
 from wanoffload.errors import CacheFileError
 from wanoffload.image import ImageLayout
-from wanoffload.loading.cache_header import CacheHeader, CachedUnit
+from wanoffload.loading.cache_header import CachedUnit, CacheHeader
 from wanoffload.loading.cache_identity import Identity, sources_of
 from wanoffload.units import Unit
 
+Named = TypeVar("Named")
 Fill = Callable[[Unit, ImageLayout, HostImage], None]
 """Writes the tensors of a unit to their places in a new image."""
 
@@ -57,10 +58,10 @@ def write_cache(
 
 
 def fill_each(
-    units: Sequence[Unit],
+    units: Sequence[Named],
     layouts: Sequence[ImageLayout],
-    fill: Fill,
-    use: Callable[[Unit, HostImage], None],
+    fill: Callable[[Named, ImageLayout, HostImage], None],
+    use: Callable[[Named, HostImage], None],
     title: str,
 ) -> None:
     """Fills the image of one unit after the other and has it used. A bar counts the bytes."""
@@ -76,10 +77,10 @@ def fill_each(
 
 def _fill_one(
     store: HostStore,
-    unit: Unit,
+    unit: Named,
     layout: ImageLayout,
-    fill: Fill,
-    use: Callable[[Unit, HostImage], None],
+    fill: Callable[[Named, ImageLayout, HostImage], None],
+    use: Callable[[Named, HostImage], None],
 ) -> None:
     memory = store.allocate(layout.nbytes)  # a new one: between its tensors are zeros
     fill(unit, layout, memory)
