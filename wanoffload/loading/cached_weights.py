@@ -42,7 +42,10 @@ class CachedWeights:
     def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> None:
         """Every unit can stand in the cache file."""
 
-    def prepare(self, units: list[Unit], layouts: list[ImageLayout], tiers: Sequence[str]) -> None:
+    def room(self, units: list[Unit], layouts: list[ImageLayout]) -> int:
+        return self._inner.room(units, layouts)
+
+    def prepare(self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan) -> None:
         """Writes the cache file, or proves that the one that is there is of these weights.
 
         Raises CacheFileError if it is not, or can't be written.
