@@ -52,7 +52,8 @@ class Parts:
         ]
 
     def fill(self, unit: Unit, layout: ImageLayout, memory: HostImage) -> None:
-        image.write_image(memory, layout, [group[0].tensor for group in unit.groups], False)
+        tensors = [group[0].tensor for group in unit.groups]
+        image.write_image(memory, layout, tensors, lambda _: None)
 
     def write(self, path: Path, fill: Fill | None = None) -> CacheHeader:
         fill = fill or self.fill
@@ -465,6 +466,9 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, parts: Parts) -> No
     with pytest.raises(wanoffload.CacheFileError, match=r"no/a can't be written"):
         parts.write(tmp_path / "no" / "a")
     only(tmp_path)
+    (tmp_path / "no").write_text("a file")
+    with pytest.raises(wanoffload.CacheFileError, match=r"no/a can't be written: .*Not a direct"):
+        parts.write(tmp_path / "no" / "a")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, wanoffload.TransferError])

@@ -46,14 +46,15 @@ def write_cache(
     try:
         _require_space(path, header.file_bytes)
         with temporary.open("xb", buffering=0) as file:
-            header = _write(file, header, units, layouts, fill)
-        _check_unchanged(path, identity, files)
-        if not path.exists():  # what somebody else wrote meanwhile stays
-            temporary.rename(path)
+            try:
+                header = _write(file, header, units, layouts, fill)
+                _check_unchanged(path, identity, files)
+                if not path.exists():  # what somebody else wrote meanwhile stays
+                    temporary.rename(path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise CacheFileError(f"the cache file {path} can't be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return header
 
 
