@@ -361,7 +361,7 @@ def test_whatever_fails_after_the_cache_was_written_the_model_is_as_it_was(
     cache: Path, watch: Watch, host: str
 ) -> None:
     failures = 0
-    for nth in range(1, 30):
+    for nth in range(1, 30, 2):
         watch.backend = wanoffload._C.HostBackend()
         watch.backend.fail_at(nth)
         model = KIND.make()
@@ -377,9 +377,9 @@ def test_whatever_fails_after_the_cache_was_written_the_model_is_as_it_was(
             assert_same(model, KIND.make())
         else:
             watch.backend.fail_at(0)
-        del model, before
-        gc.collect()
-    assert 1 < failures < 29
+            del model
+            gc.collect()
+    assert 1 < failures < 15
 
 
 def test_two_processes_may_write_one_cache_at_once(folder: Path, cache: Path) -> None:
