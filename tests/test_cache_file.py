@@ -334,6 +334,14 @@ def test_a_file_with_other_tensors_is_refused(parts: Parts, path: Path) -> None:
     assert "stride" in other_model(path, changed(stride=(1, 1, 1)))
     assert "offset 0 there, and 256 here" in other_model(path, changed(offset=256))
     assert f"the file has {name} where the model has x" in other_model(path, changed(name="x"))
+    other = Parts(KIND.make())
+    first = other.layouts[0]
+    other.layouts[0] = dataclasses.replace(first, nbytes=first.nbytes + 256)
+    assert f"blocks.0: it takes {first.nbytes} bytes there, and" in other_model(path, other)
+    count = len(first.specs)
+    other.layouts[0] = dataclasses.replace(first, specs=first.specs[:-1])
+    message = f"blocks.0: it holds {count} tensors there, and {count - 1} here"
+    assert message in other_model(path, other)
 
 
 def test_a_file_with_other_units_is_refused(parts: Parts, path: Path) -> None:
