@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 
 import wanoffload
+from tests.small_models import MODELS
+from tests.test_cache_file import flip
+from tests.test_checkpoint import save
 from wanoffload import Hardware, Workload, arguments, cli
+from wanoffload.loading.cache_file import CacheFile
 from wanoffload.machine import probe
 from wanoffload.machine.hardware import RATES
 from wanoffload.policy import planning as policy
@@ -263,6 +270,72 @@ def test_probe_on_a_cpu_says_that_rates_are_unknown(capsys: pytest.CaptureFixtur
 def test_probing_what_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["probe", "--device", "gpu"]) == 2
     assert capsys.readouterr().err.startswith("wanoffload: error: 'gpu' is not a device")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save(MODELS["wan22_5b"].make(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_pack_writes_what_load_reads_and_check_finds_it_sound(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["pack", str(checkpoint), str(out)]) == 0
+    size = out.stat().st_size
+    contents = f"3 blocks of WanTransformer3DModel, 0.00 GB ({size} bytes) in "
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out}: {contents}")
+    assert printed.endswith(" GB/s)\n")
+    model = wanoffload.load(
+        WanTransformer3DModel,
+        checkpoint,
+        torch_dtype=torch.bfloat16,
+        device="cpu",
+        host="disk",
+        cache=out,
+    )
+    assert torch.equal(
+        model.blocks[1].attn1.to_q.weight, MODELS["wan22_5b"].make().blocks[1].attn1.to_q.weight
+    )
+    assert cli.main(["check", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out} is sound: {contents}")
+    assert printed.endswith(", of diffusion_pytorch_model.safetensors\n")
+
+
+@pytest.mark.parametrize("dtype", arguments.DTYPES)
+def test_pack_has_the_choices_of_load(tmp_path: Path, dtype: str) -> None:
+    model = MODELS["wan22_5b"].make()
+    model.save_pretrained(tmp_path / "model" / "inner", variant="fp16")
+    chosen = ["--subfolder", "inner", "--variant", "fp16", "--dtype", dtype]
+    assert cli.main(["pack", str(tmp_path / "model"), str(tmp_path / "out"), *chosen]) == 0
+    (unit, *_) = CacheFile.open(tmp_path / "out").header.units
+    dtypes = {spec.name: str(spec.dtype).removeprefix("torch.") for spec in unit.layout.specs}
+    assert dtypes["attn1.to_q.weight"] == dtype
+    assert dtypes["scale_shift_table"] == "float32"
+
+
+def test_pack_and_check_say_in_one_line_what_is_wrong(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["pack", str(tmp_path / "none"), str(out)]) == 2
+    assert "none is neither a folder" in capsys.readouterr().err
+    assert cli.main(["pack", str(checkpoint), str(out)]) == 0
+    assert cli.main(["pack", str(checkpoint), str(out)]) == 2
+    assert f"{out} is there already" in capsys.readouterr().err
+    for unit in CacheFile.open(out).header.units[1:]:
+        flip(out, unit.offset)
+    assert cli.main(["check", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert "2 of 3 units are spoilt. blocks.1 can't be taken from" in err
+    assert "blocks.2 can't be taken from" in err
+    assert err.count("\n") == 1
+    os.truncate(out, 5000)
+    assert cli.main(["check", str(out)]) == 2
+    assert "it has 5000 bytes and ends within its header" in capsys.readouterr().err
 
 
 def test_python_m_runs_the_command() -> None:

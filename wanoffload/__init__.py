@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wanoffload.errors import (
         BackendError,
+        CacheFileError,
         CheckpointError,
         ClosedError,
         ConcurrentForwardError,
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "CacheFileError",
     "CheckpointError",
     "ClosedError",
     "ConcurrentForwardError",

@@ -23,6 +23,7 @@ FLAGS = {
     "--vae-cpu-offload": "the VAE is on the device only while it is used",
     "--use-fsdp-inference": "you shard the DiT yourself (FSDP): it is left alone",
 }
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,6 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, add, short, text in (
         ("probe", _add_probe, "measure this machine", _PROBE),
         ("plan", _add_plan, "say how a model will be run", _PLAN),
+        ("pack", _add_pack, "write a transformer's cache file", _PACK),
+        ("check", _add_check, "compare a cache file with its checksums", _CHECK),
     ):
         # No abbreviations: --dit-offload would be taken for --dit-offload-prefetch-size.
         add(commands.add_parser(name, help=short, description=text, allow_abbrev=False))
@@ -47,6 +50,11 @@ _PLAN = (
     "and values by hand the machine is unknown, and without --size and --frames the workload: then "
     "the base rules decide, as long as the weights fit."
 )
+_PACK = (
+    "Writes the cache file that load(..., cache=OUT) streams a transformer's blocks from, in the "
+    "dtype in which they run. Takes host memory for one block, and disk for all of them."
+)
+_CHECK = "Reads a cache file as a whole and compares each block with its checksum."
 
 
 def _add_probe(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +72,25 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_workload(parser.add_argument_group("workload"))
     _add_hardware(parser.add_argument_group("machine"))
     _add_choices(parser.add_argument_group("choices", "Unset means: decide for me."))
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="a pipeline's or model's folder, a .safetensors file, or an id of the hub"
+    )
+    parser.add_argument("out", help="the file to be written; must not be there yet")
+    parser.add_argument(
+        "--subfolder", default="transformer", help="of the pipeline; default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="torch_dtype; default: %(default)s"
+    )
+    parser.add_argument("--variant", help="of the files, such as fp16")
+    parser.add_argument("--revision", help="of a model of the hub")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a cache file")
 
 
 def _add_workload(group: argparse._ArgumentGroup) -> None:

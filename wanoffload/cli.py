@@ -1,4 +1,4 @@
-"""The command line: `wanoffload probe` and `wanoffload plan`."""
+"""The command line: `wanoffload probe`, `plan`, `pack` and `check`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from wanoffload.arguments import choices_of, hardware_of, make_parser, workload_of
 from wanoffload.errors import OffloadError
 from wanoffload.machine.hardware import Hardware
 from wanoffload.sizes import gb
+
+if TYPE_CHECKING:
+    from wanoffload.loading.cache_header import CacheHeader
 
 RATE_LABELS = {
     "link_gb_per_s": ("page-locked host memory to device", "GB/s"),
@@ -62,6 +67,44 @@ def run_plan(arguments: argparse.Namespace) -> str:
     return made.explain()
 
 
+def run_pack(arguments: argparse.Namespace) -> str:
+    """Writes a cache file; says what was written, and how quickly."""
+    import torch
+
+    from wanoffload.loading.packing import pack
+
+    begin = time.perf_counter()
+    header = pack(
+        arguments.model,
+        arguments.out,
+        arguments.subfolder,
+        torch_dtype=getattr(torch, arguments.dtype),
+        variant=arguments.variant,
+        revision=arguments.revision,
+    )
+    return f"{arguments.out}: {_contents(header)} {_rate(header, begin)}"
+
+
+def run_check(arguments: argparse.Namespace) -> str:
+    """Reads a whole cache file; says what it is if it is sound."""
+    from wanoffload.loading.packing import check
+
+    begin = time.perf_counter()
+    header = check(arguments.file)
+    sources = ", ".join(source.name for source in header.identity.sources) or "a model in memory"
+    return f"{arguments.file} is sound: {_contents(header)} {_rate(header, begin)}, of {sources}"
+
+
+def _contents(header: CacheHeader) -> str:
+    blocks = f"{len(header.units)} blocks of {header.identity.model}"
+    return f"{blocks}, {gb(header.file_bytes)} ({header.file_bytes} bytes)"
+
+
+def _rate(header: CacheHeader, begin: float) -> str:
+    seconds = time.perf_counter() - begin
+    return f"in {seconds:.1f} s ({header.file_bytes / 1e9 / seconds:.2f} GB/s)"
+
+
 def _machine_table(hardware: Hardware, last: str | None) -> str:
     sizes = {"device memory": hardware.device_memory, "host memory": hardware.host_memory}
     rows = [(f"{name} to be had", _size(size)) for name, size in sizes.items()]
@@ -77,4 +120,4 @@ def _size(size: int | str | None) -> str:
     return "unknown" if size is None else gb(int(size))
 
 
-COMMANDS = {"probe": run_probe, "plan": run_plan}
+COMMANDS = {"probe": run_probe, "plan": run_plan, "pack": run_pack, "check": run_check}

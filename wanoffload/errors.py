@@ -12,6 +12,7 @@ from wanoffload._C import (
 
 __all__ = [
     "BackendError",
+    "CacheFileError",
     "CheckpointError",
     "ClosedError",
     "ConcurrentForwardError",
@@ -69,3 +70,7 @@ class DeviceMemoryError(OffloadError):
 
 class CheckpointError(OffloadError, ValueError):
     """A checkpoint is not there, not whole, or not one of the model it is loaded into."""
+
+
+class CacheFileError(OffloadError):
+    """A cache file is not whole, is of another model or checkpoint, or can't be written."""

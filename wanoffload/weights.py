@@ -62,7 +62,7 @@ class OwnTensors:
         self._came_from: list[list[torch.device]] = []  # for each unit, its tensors' devices
 
     def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
-        return "the weights of this model are in memory, and in no file that could be read"
+        return "the weights of this model are in memory, and in no file: give cache=FILE"
 
     def in_files(self, unit: Unit, layout: ImageLayout) -> NoReturn:
         raise AssertionError("they are in memory")
@@ -74,6 +74,7 @@ class OwnTensors:
 
     def prepare(self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan) -> None:
         """What is still to be taken."""
+        self._came_from = [[group[0].tensor.device for group in unit.groups] for unit in units]
         largest = max(layout.nbytes for layout in layouts)
         total = sum(layout.nbytes for layout in layouts)
         in_memory = [u for u, tier in zip(units, plan.tiers, strict=True) if tier != DISK]
@@ -105,7 +106,6 @@ class OwnTensors:
 
     def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: Lock) -> None:
         tensors = [group[0].tensor for group in unit.groups]
-        self._came_from.append([tensor.device for tensor in tensors])
         image.write_image(memory, layout, tensors, lock)
 
     def finish(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -19,6 +21,7 @@ from wanoffload.errors import WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import AUTO, DISK, PINNED, HostChoice, HostPlan, assign
 from wanoffload.image import ImageLayout
+from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.runtime import Offloader, SlotMemory, backend_for
 from wanoffload.units import Unit, check_wrappable, find_units
 from wanoffload.weights import OwnTensors, Weights
@@ -37,6 +40,7 @@ def wrap(
     device: torch.device | str | int | None = None,
     host: str = AUTO,
     host_budget: int | str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     verify: bool = False,
 ) -> nn.Module:
     """Streams a transformer's blocks through a few slots of device memory. In place.
@@ -65,6 +69,8 @@ def wrap(
             was chosen. A weight on disk that is written to comes into memory first.
         host_budget: bytes, or text such as "40GiB": what images and ring may take of the host's
             memory. Default: what is to be had, a part of it left to others.
+        cache: a file that holds the blocks as they are streamed, so that they can stand on disk
+            (docs/cache-file.md). Written if it is not there; else all weights are compared with it.
         verify: debug. Every block is checked against a fingerprint of its host bytes before use
             and after; waits for the device at every block.
 
@@ -74,10 +80,12 @@ def wrap(
     Raises:
         WrapError: the model or an argument can't be used; says what to do.
         HostMemoryError: too little host memory. The model is as it was.
+        CacheFileError: the cache file is spoilt or another model's, or can't be written. The model
+            is as it was, and so is the file.
         torch.OutOfMemoryError: too little device memory for the slots. The model is as it was.
     """
     choice = HostChoice.of(host, host_budget)
-    stream(transformer, prefetch, device=device, host=choice, verify=verify)
+    stream(transformer, prefetch, device=device, host=choice, cache=cache, verify=verify)
     return transformer
 
 
@@ -87,6 +95,7 @@ def stream(
     *,
     device: torch.device | str | int | None = None,
     host: HostChoice = HostChoice(),  # noqa: B008 (it is frozen)
+    cache: str | os.PathLike[str] | None = None,
     verify: bool = False,
     rest: str = MOVE,
     progress: tqdm[NoReturn] | None = None,
@@ -98,11 +107,13 @@ def stream(
     counts the bytes of the blocks, instead of one of its own.
     """
     _check_module(module)
-    check_options(prefetch, verify)
+    check_options(prefetch, cache, verify)
     assert rest in (MOVE, LEAVE)
     check_wrappable(module)
     target = resolve_device(device)
-    weights = OwnTensors(module, target, move_others=rest == MOVE)
+    weights: Weights = OwnTensors(module, target, move_others=rest == MOVE)
+    if cache is not None:
+        weights = CachedWeights(weights, module, Path(cache))
     return start(module, weights, prefetch, target, host=host, verify=verify, progress=progress)
 
 
@@ -217,10 +228,12 @@ def _check_module(transformer: nn.Module) -> None:
             )
 
 
-def check_options(prefetch: int, verify: bool) -> None:
+def check_options(prefetch: int, cache: str | os.PathLike[str] | None, verify: bool) -> None:
     """Raises WrapError for an option of `wrap` and `load` that can't be used."""
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise WrapError(f"prefetch is a number of blocks, 0 or more, not {prefetch!r}")
+    if cache is not None and not isinstance(cache, (str, os.PathLike)):
+        raise WrapError(f"cache is the path of a file, not {cache!r}")
     if not isinstance(verify, bool):
         raise WrapError(f"verify is True or False, not {verify!r}")
 

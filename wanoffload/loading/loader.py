@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from wanoffload.host_tiers import AUTO, HostChoice
+from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
 from wanoffload.loading.stored_weights import StoredWeights
+from wanoffload.weights import Weights
 from wanoffload.wrapping import check_options, resolve_device, start
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,6 +35,7 @@ def load(
     device: torch.device | str | int | None = None,
     host: str = AUTO,
     host_budget: int | str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     verify: bool = False,
 ) -> Model:
     """Reads a checkpoint straight into the host memory from which blocks are streamed.
@@ -52,17 +56,21 @@ def load(
         prefetch, device, host, host_budget, verify: as of `wrap`. With "disk" (or "auto", where
             memory is short) blocks stay in the checkpoint's own files and are read from there,
             which must stay as they are; it takes a checkpoint that holds the dtypes to be used.
+        cache: a file that holds the blocks in the dtypes in which they are streamed
+            (docs/cache-file.md). Read in place of the checkpoint's if it is of this checkpoint;
+            written if it is not there.
 
     Raises:
         CheckpointError: files are missing, not whole, or of another model; names file, tensor and
             shapes. Nothing has been read but headers.
         HostMemoryError: too little host memory. Nothing has been read.
+        CacheFileError: the cache file is spoilt or another checkpoint's, or can't be written.
         TransferError: a file could not be read, or changed meanwhile.
         WrapError: an argument can't be used; says what to do.
         torch.OutOfMemoryError: too little device memory.
         After any of them, nothing is held.
     """
-    check_options(prefetch, verify)
+    check_options(prefetch, cache, verify)
     choice = HostChoice.of(host, host_budget)
     target = resolve_device(device)
     checkpoint = Checkpoint.open(
@@ -75,6 +83,8 @@ def load(
         local_files_only=local_files_only,
     )
     described = describe(cls, checkpoint, torch_dtype)
-    weights = StoredWeights(described, target)
+    weights: Weights = StoredWeights(described, target)
+    if cache is not None:
+        weights = CachedWeights(weights, described.module, Path(cache), checkpoint.files)
     start(described.module, weights, prefetch, target, host=choice, verify=verify, title="load")
     return described.module  # type: ignore[return-value]  # it is of class cls

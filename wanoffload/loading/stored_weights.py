@@ -61,6 +61,10 @@ class StoredWeights:
     def prepare(self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan) -> None:
         """Opens the files, and raises HostMemoryError if the plan will not fit."""
         self._require_memory(units, layouts, plan)
+        self.open_files()
+
+    def open_files(self) -> None:
+        """All that `write` and `in_files` need. `finish` closes them."""
         for path in sorted({tensor.file for tensor in self._stored.values()}):
             self._files[path] = SourceFile(str(path))
             self._check_same(path)
