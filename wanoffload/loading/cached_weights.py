@@ -74,7 +74,7 @@ class CachedWeights:
             self._inner.write(unit, layout, memory, lock)
             return
         self._opened.fill(unit.name, memory)
-        lock(memory)
+        lock(memory, False)
 
     def in_files(self, unit: Unit, layout: ImageLayout) -> FileImage:
         return self._opened.image(unit.name)
@@ -94,7 +94,7 @@ class CachedWeights:
 
     def _fill(self, unit: Unit, layout: ImageLayout, memory: HostImage) -> None:
         """From where the weights come from, into ordinary memory."""
-        self._inner.write(unit, layout, memory, lambda _: None)
+        self._inner.write(unit, layout, memory, lambda *_: None)
 
     def _match(
         self, cache: CacheFile, units: Sequence[Unit], layouts: Sequence[ImageLayout]
