@@ -53,7 +53,7 @@ class Parts:
 
     def fill(self, unit: Unit, layout: ImageLayout, memory: HostImage) -> None:
         tensors = [group[0].tensor for group in unit.groups]
-        image.write_image(memory, layout, tensors, lambda _: None)
+        image.write_image(memory, layout, tensors, image.leave_unlocked)
 
     def write(self, path: Path, fill: Fill | None = None) -> CacheHeader:
         fill = fill or self.fill

@@ -24,6 +24,10 @@ Lock = Callable[[HostImage, bool], None]
 done beside what comes next."""
 
 
+def leave_unlocked(image: HostImage, now: bool) -> None:
+    """A `Lock` that leaves the image as it is."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Where one tensor stands in an image."""

@@ -264,10 +264,6 @@ def lock_image(memory: HostImage) -> None:
     memory.lock()
 
 
-def _leave(memory: HostImage, now: bool) -> None:
-    """An image that is not to be page-locked."""
-
-
 class _Wrapping:
     """One call of `wrap` or `load`: what it has made so far, so that it can be taken back."""
 
@@ -359,7 +355,9 @@ class _Wrapping:
             return self.weights.in_files(unit, layout)
         host_memory.require(layout.nbytes, f"the image of {unit.name}")
         memory = store.allocate(layout.nbytes)
-        self.weights.write(unit, layout, memory, self._lock if tier == PINNED else _leave)
+        self.weights.write(
+            unit, layout, memory, self._lock if tier == PINNED else image.leave_unlocked
+        )
         return memory
 
     def _lock(self, memory: HostImage, now: bool) -> None:

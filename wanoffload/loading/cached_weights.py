@@ -12,12 +12,12 @@ from torch import nn
 from wanoffload._C import FileImage, HostImage, fingerprint
 from wanoffload.binding import Binding
 from wanoffload.host_tiers import HostPlan
-from wanoffload.image import ImageLayout
+from wanoffload.image import ImageLayout, Lock, leave_unlocked
 from wanoffload.loading.cache_file import CacheFile
 from wanoffload.loading.cache_identity import identity_of
 from wanoffload.loading.cache_writer import fill_each, write_cache
 from wanoffload.units import Unit
-from wanoffload.weights import Lock, Weights
+from wanoffload.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class CachedWeights:
 
     def _fill(self, unit: Unit, layout: ImageLayout, memory: HostImage) -> None:
         """From where the weights come from, into ordinary memory."""
-        self._inner.write(unit, layout, memory, lambda *_: None)
+        self._inner.write(unit, layout, memory, leave_unlocked)
 
     def _match(
         self, cache: CacheFile, units: Sequence[Unit], layouts: Sequence[ImageLayout]

@@ -10,7 +10,7 @@ from torch import nn
 
 from wanoffload._C import HostImage
 from wanoffload.errors import CacheFileError, CheckpointError, TransferError
-from wanoffload.image import ImageLayout, lay_out
+from wanoffload.image import ImageLayout, lay_out, leave_unlocked
 from wanoffload.loading.cache_file import CacheFile
 from wanoffload.loading.cache_header import CachedUnit, CacheHeader
 from wanoffload.loading.cache_identity import identity_of
@@ -46,7 +46,7 @@ def pack(
     weights = StoredWeights(described, torch.device("cpu"))
 
     def fill(unit: Unit, layout: ImageLayout, memory: HostImage) -> None:
-        weights.write(unit, layout, memory, lambda _: None)
+        weights.write(unit, layout, memory, leave_unlocked)
 
     weights.open_files()
     try:
