@@ -21,6 +21,7 @@ __all__ = [
     "MoveError",
     "OffloadError",
     "PipelineError",
+    "ShareError",
     "TransferError",
     "TransferTimeout",
     "UnboundWeightError",
@@ -69,3 +70,7 @@ class DeviceMemoryError(OffloadError):
 
 class CheckpointError(OffloadError, ValueError):
     """A checkpoint is not there, not whole, or not one of the model it is loaded into."""
+
+
+class ShareError(OffloadError, ValueError):
+    """Processes can't share an arena under a name: it holds something else, or can't be found."""
