@@ -296,6 +296,12 @@ void HostImage::make_own() {
   if (relock) lock();
 }
 
+void HostImage::keep() {
+  if (protected_) mprotect(data_, mapped_bytes_, PROT_READ | PROT_WRITE);
+  protected_ = false;
+  memory_.reset();
+}
+
 HostStore::HostStore(BackendPtr backend, StoreOptions options)
     : backend_(std::move(backend)),
       options_(resolved(options)),

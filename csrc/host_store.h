@@ -84,6 +84,8 @@ class HostImage final : public Image {
   // locked is locked again. Throws HostMemoryError, and nothing has changed; or what lock() throws,
   // and the image is this process's own, but not locked. Does nothing if it is not shared.
   void make_own();
+  // The same without a move: nobody else will look at these bytes again.
+  void keep();
 
  private:
   void check_writable() const;

@@ -174,7 +174,8 @@ void bind_host_store(py::module_& m) {
       .def("lock", &HostImage::lock, NoGil())
       .def("unlock", &HostImage::unlock, NoGil())
       .def("protect", &HostImage::protect, NoGil())
-      .def("make_own", &HostImage::make_own, NoGil());
+      .def("make_own", &HostImage::make_own, NoGil())
+      .def("keep", &HostImage::keep, NoGil());
 
   py::class_<Descriptor, std::shared_ptr<Descriptor>>(m, "Descriptor")
       .def(py::init<int>(), py::arg("number"))

@@ -8,9 +8,11 @@ peer.kill()                  # as `kill -9` does
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 State = dict[str, Any]
@@ -66,6 +68,7 @@ class Peer:
 
 def _forget(state: State) -> None:
     state.clear()
+    gc.collect()
 
 
 def _serve(pipe: Any) -> None:
@@ -81,3 +84,16 @@ def _serve(pipe: Any) -> None:
             answer = False, error.with_traceback(None)
         pipe.send(answer)
         del answer
+
+
+def mapped_arenas() -> tuple[int, int]:
+    """(Rss, Pss) of this process's mappings of shared arenas, in bytes."""
+    totals = {"Rss:": 0, "Pss:": 0}
+    is_arena = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if not key.endswith(":"):
+            is_arena = "/memfd:wanoffload:" in line
+        elif is_arena and key in totals:
+            totals[key] += int(values[0]) * 1024
+    return totals["Rss:"], totals["Pss:"]

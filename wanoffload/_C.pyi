@@ -131,6 +131,8 @@ class HostImage(Image):
         Raises HostMemoryError, and nothing has changed; or what lock() raises, and the image is
         this process's own, but not locked. Does nothing if it is not shared.
         """
+    def keep(self) -> None:
+        """The same without a move: nobody else will look at these bytes again."""
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def __release_buffer__(self, buffer: memoryview, /) -> None: ...
 

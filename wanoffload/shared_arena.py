@@ -40,7 +40,7 @@ MEET_SECONDS = 60.0
 
 _MAGIC = b"wanoffld"
 _VERSION = 1
-_UNSETTLED, _FILLING, _READY = range(3)
+_UNSETTLED, _FILLING, _READY, _WITHDRAWN = range(4)
 _STATE = struct.Struct("<Q")
 _HEAD = struct.Struct("<8sQQQ")
 _TEXT = _STATE.size + _HEAD.size  # where it begins
@@ -113,6 +113,7 @@ class SharedArena:
         self._store = store
         marks = os.pread(memory.fd, len(table.sizes), table.marks)
         self._units = {i for i, mark in enumerate(marks) if mark}
+        self._images: list[HostImage] = []  # while they are being filled
 
     @staticmethod
     def join(
@@ -130,11 +131,14 @@ class SharedArena:
             ShareError: the arena of this name holds something else; other processes can't find
                 what this one shares. Says what, and which process.
         """
-        _check_name(name)
+        check_name(name)
         table = _Table.of(identity, sizes)
-        memory = _meet(name, table)
-        _check_same(name, memory, table)
-        _wait_for_filler(name, memory)
+        while True:
+            memory = _meet(name, table)
+            _check_same(name, memory, table)
+            _wait_for_filler(name, memory)
+            if _state(memory) != _WITHDRAWN:
+                break
         filled = _state(memory) == _READY
         if filled:
             memory.unlock()
@@ -161,6 +165,7 @@ class SharedArena:
         if not self.filled:
             image.touch()
             self._units.add(unit)
+            self._images.append(image)
         assert self.holds(unit), f"the arena has no unit {unit}"
         return image
 
@@ -174,18 +179,25 @@ class SharedArena:
         _set_state(self._memory, _READY)
         self._memory.unlock()
         self.filled = True
+        self._images.clear()
 
     def close(self) -> None:
         """Lets go of the arena; its images stay. Idempotent.
 
-        If it was not published, another process that waits, or comes later, fills it from anew.
+        If it was not published, it is withdrawn: its images are this process's own from here on,
+        and another process that waits, or comes later, makes one.
         """
         if self._memory is not None and not self.filled:
+            _set_state(self._memory, _WITHDRAWN)
             self._memory.unlock()
+        for image in self._images:
+            image.keep()
+        self._images.clear()
         self._memory = None
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises ShareError for what can't be the name of an arena."""
     if not isinstance(name, str) or NAME.fullmatch(name) is None:
         raise ShareError(
             f"share is a name of at most 100 letters, digits and . _ - /, not {name!r}"
@@ -199,7 +211,7 @@ def _meet(name: str, table: _Table) -> SharedMemory:
     """The one arena of this name; if this process made it, it holds the lock.
 
     Each that finds none offers one of its own, and then looks who else does. An offer is settled by
-    who sees no other beside it; where several see each other, all but the lowest are withdrawn.
+    who sees no other beside it; where several see each other, all but the lowest are taken back.
     Two can't be settled: of two offers, the one that looked last has seen the other.
     """
     give_up = time.monotonic() + MEET_SECONDS
@@ -230,11 +242,11 @@ def _look(name: str, own: SharedMemory | None) -> tuple[SharedMemory | None, lis
     for memory in shared_memory.find(name):
         if own is not None and memory.inode == own.inode:
             continue
-        # Who offers holds the lock: an offer that can be locked was withdrawn, or its maker died,
+        # Who offers holds the lock: an offer that can be locked was taken back, or its maker died,
         # or it was settled since.
         if _state(memory) == _UNSETTLED and not memory.try_lock():
             offers.append(memory)
-        elif _state(memory) != _UNSETTLED:
+        elif _state(memory) in (_FILLING, _READY):
             memory.unlock()
             return memory, []
     return None, offers
@@ -259,10 +271,10 @@ def _wait_for_filler(name: str, memory: SharedMemory) -> None:
 
 
 def _begin_to_fill(name: str, memory: SharedMemory, table: _Table) -> None:
-    """From zeros, whatever one that died, or gave up, has left."""
+    """From zeros, whatever one that died has left."""
     before = _Head.read(memory).filler
     if before != os.getpid():
-        logger.warning("%s: process %d has not filled it; this one does", name, before)
+        logger.warning("%s: process %d died while it filled it; this one does", name, before)
     start, end = table.offsets[0], table.offsets[-1]
     if end > start:
         with mmap.mmap(memory.fd, end) as whole:

@@ -32,6 +32,7 @@ def load(
     device: torch.device | str | int | None = None,
     host: str = AUTO,
     host_budget: int | str | None = None,
+    share: str | None = None,
     verify: bool = False,
 ) -> Model:
     """Reads a checkpoint straight into the host memory from which blocks are streamed.
@@ -49,20 +50,22 @@ def load(
         subfolder, variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
         torch_dtype: as of `from_pretrained`, with what the class keeps in fp32. None: what the
             class is constructed in, which is fp32 as a rule, whatever the checkpoint holds.
-        prefetch, device, host, host_budget, verify: as of `wrap`. With "disk" (or "auto", where
-            memory is short) blocks stay in the checkpoint's own files and are read from there,
-            which must stay as they are; it takes a checkpoint that holds the dtypes to be used.
+        prefetch, device, host, host_budget, share, verify: as of `wrap`. With "disk" (or "auto",
+            where memory is short) blocks stay in the checkpoint's own files and are read from
+            there, which must stay as they are; it takes a checkpoint that holds the dtypes to be
+            used.
 
     Raises:
         CheckpointError: files are missing, not whole, or of another model; names file, tensor and
             shapes. Nothing has been read but headers.
         HostMemoryError: too little host memory. Nothing has been read.
+        ShareError: the images can't be shared under this name.
         TransferError: a file could not be read, or changed meanwhile.
         WrapError: an argument can't be used; says what to do.
         torch.OutOfMemoryError: too little device memory.
         After any of them, nothing is held.
     """
-    check_options(prefetch, verify)
+    check_options(prefetch, share, verify)
     choice = HostChoice.of(host, host_budget)
     target = resolve_device(device)
     checkpoint = Checkpoint.open(
@@ -76,5 +79,14 @@ def load(
     )
     described = describe(cls, checkpoint, torch_dtype)
     weights = StoredWeights(described, target)
-    start(described.module, weights, prefetch, target, host=choice, verify=verify, title="load")
+    start(
+        described.module,
+        weights,
+        prefetch,
+        target,
+        host=choice,
+        share=share,
+        verify=verify,
+        title="load",
+    )
     return described.module  # type: ignore[return-value]  # it is of class cls
