@@ -34,16 +34,29 @@ struct ImagePiece {
   std::size_t bytes;
 };
 
-// One unit's bytes in memory. Not synchronised: filling, lock and unlock are set-up work of one
-// thread. The owner must not let it go while a copy from it is in flight.
+// A place in memory that other processes may have mapped too (a memfd).
+struct SharedPlace {
+  std::shared_ptr<const Descriptor> memory;
+  std::size_t offset;
+};
+
+// One unit's bytes in memory. Not synchronised: filling, lock, unlock, protect and make_own are
+// set-up work of one thread. The owner must not let it go while a copy from it is in flight.
 class HostImage final : public Image {
  public:
   // Maps zeroed memory. Throws HostMemoryError.
   HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options,
             std::shared_ptr<StoreBytes> totals);
+  // Maps shared memory, as it is. Owns the descriptor with others as long as it is shared. Throws
+  // UsageError unless the offset is a multiple of 4096 and the image, rounded up to pages, lies
+  // within; HostMemoryError.
+  HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options,
+            std::shared_ptr<StoreBytes> totals, SharedPlace place);
   ~HostImage() override;
 
   [[nodiscard]] std::byte* data() const { return data_; }
+  // Whether other processes may read these bytes: then nobody may change them.
+  [[nodiscard]] bool shared() const { return memory_ != nullptr; }
   [[nodiscard]] const std::byte* locked_data() const override { return locked_ ? data_ : nullptr; }
   void read(std::size_t offset, std::size_t bytes, std::byte* destination) const override;
 
@@ -56,21 +69,36 @@ class HostImage final : public Image {
   // Reads another image of the same size in with many threads, and proves it if that is still to be
   // done. Throws what its read throws; the bytes then mean nothing.
   void copy_from(const Image& image);
-  // Makes every page present with many threads, without changing what is there.
+  // Makes every page present with many threads, without changing what is there, whoever else reads
+  // or writes it meanwhile. Throws HostMemoryError where shared memory has no page left to give:
+  // it is touched before it is filled, for then the system would end the process.
   void touch();
   // Page-locks the image. Throws HostMemoryError or BackendError; does nothing if locked.
   void lock();
   void unlock() noexcept;
 
+  // Shared memory is read-only in this process from here on: a stray write ends this process, and
+  // changes nothing for the others. Locked or not. Does nothing to memory that is not shared.
+  void protect();
+  // Moves shared bytes into memory of this process, at the same address and writable; what was
+  // locked is locked again. Throws HostMemoryError, and nothing has changed; or what lock() throws,
+  // and the image is this process's own, but not locked. Does nothing if it is not shared.
+  void make_own();
+  // The same without a move: nobody else will look at these bytes again.
+  void keep();
+
  private:
+  void check_writable() const;
   void read_in_parallel(std::size_t pieces, const std::function<void(std::size_t)>& read) const;
 
   const BackendPtr backend_;
   const std::size_t mapped_bytes_;
   const StoreOptions options_;
   const std::shared_ptr<StoreBytes> totals_;
+  std::shared_ptr<const Descriptor> memory_;  // while shared
   std::byte* data_ = nullptr;
   bool locked_ = false;
+  bool protected_ = false;
 };
 
 using HostImagePtr = std::shared_ptr<HostImage>;
@@ -81,6 +109,8 @@ class HostStore {
   explicit HostStore(BackendPtr backend, StoreOptions options = {});
 
   [[nodiscard]] HostImagePtr allocate(std::size_t bytes);
+  // An image over a range of shared memory, filled or not.
+  [[nodiscard]] HostImagePtr map_shared(SharedPlace place, std::size_t bytes);
   [[nodiscard]] std::size_t mapped_bytes() const { return totals_->mapped; }
   [[nodiscard]] std::size_t locked_bytes() const { return totals_->locked; }
 

@@ -169,9 +169,17 @@ void bind_host_store(py::module_& m) {
           },
           py::arg("extents"), py::kw_only(), py::arg("direct") = false, NoGil())
       .def("copy_from", &HostImage::copy_from, py::arg("image"), NoGil())
+      .def_property_readonly("shared", &HostImage::shared)
       .def("touch", &HostImage::touch, NoGil())
       .def("lock", &HostImage::lock, NoGil())
-      .def("unlock", &HostImage::unlock, NoGil());
+      .def("unlock", &HostImage::unlock, NoGil())
+      .def("protect", &HostImage::protect, NoGil())
+      .def("make_own", &HostImage::make_own, NoGil())
+      .def("keep", &HostImage::keep, NoGil());
+
+  py::class_<Descriptor, std::shared_ptr<Descriptor>>(m, "Descriptor")
+      .def(py::init<int>(), py::arg("number"))
+      .def_property_readonly("number", &Descriptor::number);
 
   py::class_<HostStore>(m, "HostStore")
       .def(py::init([](BackendPtr backend, bool huge_pages, unsigned threads) {
@@ -180,6 +188,14 @@ void bind_host_store(py::module_& m) {
            }),
            py::arg("backend"), py::kw_only(), py::arg("huge_pages") = true, py::arg("threads") = 0U)
       .def("allocate", &HostStore::allocate, py::arg("nbytes"))
+      .def(
+          "map_shared",
+          [](HostStore& self, const std::shared_ptr<Descriptor>& memory, std::size_t offset,
+             std::size_t bytes) {
+            if (!memory) throw UsageError("shared memory needs a descriptor");
+            return self.map_shared({memory, offset}, bytes);
+          },
+          py::arg("memory"), py::arg("offset"), py::arg("nbytes"))
       .def_property_readonly("mapped_bytes", &HostStore::mapped_bytes)
       .def_property_readonly("locked_bytes", &HostStore::locked_bytes);
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from tests.peers import Peer
 
 # Kernels run in Triton's interpreter where there is no GPU. Before triton is imported.
 if not torch.cuda.is_available():
@@ -36,3 +40,39 @@ def device(request: pytest.FixtureRequest) -> str:
 def _seeded() -> None:
     """The same random numbers in every run; a test that wants others seeds again."""
     torch.manual_seed(20260)
+
+
+@pytest.fixture(scope="module")
+def reused_peers() -> Iterator[list[Peer]]:
+    started = [Peer() for _ in range(4)]
+    yield started
+    for peer in started:
+        peer.kill()
+
+
+@pytest.fixture
+def peers(reused_peers: list[Peer]) -> Iterator[list[Peer]]:
+    """Four processes, for tests that leave them as they are."""
+    yield reused_peers
+    for peer in reused_peers:
+        peer.forget()
+
+
+@pytest.fixture
+def mortal() -> Iterator[Callable[[], Peer]]:
+    """Makes processes that a test may kill."""
+    made: list[Peer] = []
+
+    def make() -> Peer:
+        made.append(Peer())
+        return made[-1]
+
+    yield make
+    for peer in made:
+        peer.kill()
+
+
+@pytest.fixture
+def name() -> str:
+    """Of a shared arena, that nobody else uses."""
+    return f"test/{uuid.uuid4().hex}"

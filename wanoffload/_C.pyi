@@ -116,15 +116,38 @@ class HostImage(Image):
         """Reads extents of files in with many threads. If it throws, the bytes mean nothing."""
     def copy_from(self, image: Image) -> None:
         """Reads another image of the same size in, with many threads, and proves it if need be."""
-    def touch(self) -> None: ...
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may read these bytes: then nobody may change them."""
+    def touch(self) -> None:
+        """Makes every page present, without changing what is there. Raises HostMemoryError."""
     def lock(self) -> None: ...
     def unlock(self) -> None: ...
+    def protect(self) -> None:
+        """Shared bytes are read-only in this process from here on; stray writes end it."""
+    def make_own(self) -> None:
+        """Moves shared bytes into memory of this process: same address, locked if they were.
+
+        Raises HostMemoryError, and nothing has changed; or what lock() raises, and the image is
+        this process's own, but not locked. Does nothing if it is not shared.
+        """
+    def keep(self) -> None:
+        """The same without a move: nobody else will look at these bytes again."""
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+class Descriptor:
+    """Owns a file descriptor: closed with its last holder, images of shared memory among them."""
+
+    def __init__(self, number: int) -> None: ...
+    @property
+    def number(self) -> int: ...
 
 class HostStore:
     def __init__(self, backend: Backend, *, huge_pages: bool = ..., threads: int = ...) -> None: ...
     def allocate(self, nbytes: int) -> HostImage: ...
+    def map_shared(self, memory: Descriptor, offset: int, nbytes: int) -> HostImage:
+        """An image over whole pages of a memfd, as they are. Raises UsageError, HostMemoryError."""
     @property
     def mapped_bytes(self) -> int: ...
     @property

@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 from wanoffload import hooks, host_memory, image, units
 from wanoffload._C import FileImage, HostBackend, HostImage, HostStore, Image
 from wanoffload.errors import (
+    BackendError,
     ConcurrentForwardError,
     GradientError,
+    HostMemoryError,
     VerifyError,
     WeightChangeError,
 )
@@ -56,8 +58,8 @@ class Binding(hooks.Attached):
     Outside the block's forward the entries are host tensors over the image. During it they are
     views of the slot, made once for each slot.
 
-    An image in files is not this model's to change: before the first write it is brought into own
-    memory, and every host tensor with it.
+    An image in files, or one that other processes share, is not this model's to change: before the
+    first write it is brought into own memory, and every host tensor with it.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class Binding(hooks.Attached):
     @property
     def owned(self) -> bool:
         """Whether the image is this model's own memory, which it may change."""
-        return isinstance(self.image, HostImage)
+        return isinstance(self.image, HostImage) and not self.image.shared
 
     def take_ownership(self) -> None:
         """Brings the image into own memory, if it is not there, for the host and for the engine.
@@ -152,7 +154,26 @@ class Binding(hooks.Attached):
         if self.owned:
             return
         host_memory.require(self.layout.nbytes, f"bringing {self.name} into memory, to change it,")
-        own = HostStore(HostBackend()).allocate(self.layout.nbytes)
+        if isinstance(self.image, HostImage):
+            self._leave_the_others(self.image)
+        else:
+            self._move_to(HostStore(HostBackend()).allocate(self.layout.nbytes))
+        logger.info("%s was brought into own memory (%d bytes)", self.name, self.image.nbytes)
+
+    def _leave_the_others(self, shared: HostImage) -> None:
+        """The bytes move below the address where they stand."""
+        if self.index >= 0:
+            self.offloader.invalidate(self.index)
+        try:
+            shared.make_own()
+        except (BackendError, HostMemoryError) as error:
+            if shared.shared:
+                raise
+            logger.warning("%s could not be page-locked again: %s", self.name, error)
+            if self.index >= 0:
+                self.offloader.replace(self.index, shared)  # it goes through the ring now
+
+    def _move_to(self, own: HostImage) -> None:
         own.copy_from(self.image)
         if self.index >= 0:
             self.offloader.replace(self.index, own)
@@ -162,7 +183,6 @@ class Binding(hooks.Attached):
                 if spec.nbytes > 0:
                     storage = image.host_view(spec, own).untyped_storage()
                     move(shares_memory_with(weight, self), storage)
-        logger.info("%s was brought into memory (%d bytes), to be changed", self.name, own.nbytes)
 
     def take_in_changes(self) -> None:
         """Looks for entries that were replaced, and for modules that came or went."""
@@ -248,7 +268,7 @@ class Binding(hooks.Attached):
         self.offloader.refuse_other_thread(f"{self.name} was written to")
         self._fingerprint = None
         if not self.owned:
-            self.take_ownership()
+            self.take_ownership()  # which fences it too
         elif self.index >= 0:
             self.offloader.invalidate(self.index)
 

@@ -22,6 +22,7 @@ __all__ = [
     "MoveError",
     "OffloadError",
     "PipelineError",
+    "ShareError",
     "TransferError",
     "TransferTimeout",
     "UnboundWeightError",
@@ -74,3 +75,7 @@ class CheckpointError(OffloadError, ValueError):
 
 class CacheFileError(OffloadError):
     """A cache file is not whole, is of another model or checkpoint, or can't be written."""
+
+
+class ShareError(OffloadError, ValueError):
+    """Processes can't share an arena under a name: it holds something else, or can't be found."""

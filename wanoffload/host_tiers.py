@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wanoffload.errors import HostMemoryError, WrapError
 from wanoffload.sizes import gb, parse_bytes
@@ -41,11 +41,19 @@ class HostChoice:
 
 @dataclass(frozen=True)
 class HostPlan:
-    """The tier of each unit, the bytes of the pinned ring, and what was chosen in a sentence."""
+    """The tier of each unit, the bytes of the pinned ring, and what was chosen in a sentence.
+
+    `shared`: units whose images another process has filled: they take no memory of this one.
+    """
 
     tiers: tuple[str, ...]
     ring_bytes: int
     sentence: str
+    shared: frozenset[int] = frozenset()
+
+    def takes_memory(self, unit: int) -> bool:
+        """Whether the unit's image is new memory of the host."""
+        return self.tiers[unit] != DISK and unit not in self.shared
 
     @property
     def ring_chunks(self) -> int:
@@ -60,6 +68,7 @@ def assign(
     room: int,
     lockable: int,
     why_not_in_files: Sequence[str | None],
+    shared: frozenset[int] = frozenset(),
 ) -> HostPlan:
     """The tier of each unit, in the order in which they are used.
 
@@ -73,6 +82,7 @@ def assign(
             page-locked. They count for `auto` alone: what other kinds need is looked at before
             their bytes are moved.
         why_not_in_files: for each unit, what keeps it from standing in a file; None: nothing.
+        shared: units whose images are in memory already, filled by another process.
 
     Raises:
         WrapError: "disk", and a unit can't stand in a file.
@@ -80,11 +90,11 @@ def assign(
     """
     if choice.kind == AUTO:
         limit = room if choice.budget is None else min(room, choice.budget)
-        tiers = _automatic(what, sizes, limit, min(limit, lockable), why_not_in_files)
+        tiers = _automatic(what, sizes, limit, min(limit, lockable), why_not_in_files, shared)
     else:
         tiers = (choice.kind,) * len(sizes)
         _check_files(choice, why_not_in_files)
-    plan = HostPlan(tiers, ring_bytes(sizes, tiers), "")
+    plan = HostPlan(tiers, ring_bytes(sizes, tiers), "", shared)
     need = host_bytes(sizes, plan)
     if choice.budget is not None and need > choice.budget:
         raise HostMemoryError(
@@ -92,12 +102,12 @@ def assign(
             f"{_of_which_ring(plan)}; host_budget is {gb(choice.budget)}: raise it"
             + ("" if choice.kind in (AUTO, DISK) else ", or choose host='auto'")
         )
-    return HostPlan(tiers, plan.ring_bytes, _sentence(sizes, plan))
+    return replace(plan, sentence=_sentence(sizes, plan))
 
 
 def host_bytes(sizes: Sequence[int], plan: HostPlan) -> int:
     """Bytes of host memory that a plan takes: images and ring."""
-    images = sum(size for size, tier in zip(sizes, plan.tiers, strict=True) if tier != DISK)
+    images = sum(size for unit, size in enumerate(sizes) if plan.takes_memory(unit))
     return images + plan.ring_bytes
 
 
@@ -118,9 +128,11 @@ def _automatic(
     limit: int,
     lockable: int,
     why_not: Sequence[str | None],
+    shared: frozenset[int],
 ) -> tuple[str, ...]:
-    everything = range(len(sizes))
-    may_be_in_files = [number for number, reason in enumerate(why_not) if reason is None]
+    sizes = [0 if unit in shared else size for unit, size in enumerate(sizes)]
+    everything = [unit for unit in range(len(sizes)) if unit not in shared]
+    may_be_in_files = [unit for unit in everything if why_not[unit] is None]
     tried = [(PINNED,) * len(sizes)]
     for tier, may, most in ((DISK, may_be_in_files, lockable), (PAGEABLE, everything, limit)):
         for count in range(len(may) + 1):
@@ -164,4 +176,5 @@ def _sentence(sizes: Sequence[int], plan: HostPlan) -> str:
         if chosen:
             parts.append(f"{len(chosen)} of {len(sizes)} blocks {words} ({gb(sum(chosen))})")
     ring = f", through a pinned ring of {gb(plan.ring_bytes)}" if plan.ring_bytes else ""
-    return ", ".join(parts) + ring
+    shared = f"; {len(plan.shared)} of them shared" if plan.shared else ""
+    return ", ".join(parts) + ring + shared

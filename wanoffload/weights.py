@@ -5,25 +5,31 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wanoffload import host_memory, image
-from wanoffload._C import FileImage, HostImage
+from wanoffload._C import FileImage, HostBackend, HostImage, HostStore
 from wanoffload.binding import Binding
-from wanoffload.host_tiers import DISK, HostPlan
+from wanoffload.host_tiers import HostPlan
 from wanoffload.image import ImageLayout, Lock
 from wanoffload.units import Unit, tie_key
 
+Identity = dict[str, Any]
+
 
 class Weights(Protocol):
-    """The weights of one model, while it is wrapped. Methods are called in this order, `write` and
-    `in_files` once for each unit, and `undo` in place of what is left when something fails."""
+    """The weights of one model, while it is wrapped. Methods are called in this order, `write` or
+    `in_files` once for each unit whose image is not there yet, and `undo` in place of what is left
+    when something fails."""
 
     def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
         """What keeps the unit's image from standing in a file, as the disk tier needs it."""
+
+    def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:
+        """What the bytes of the images depend on besides units and layouts, in terms of JSON."""
 
     def room(self, units: list[Unit], layouts: list[ImageLayout]) -> int:
         """Bytes of host memory that the images may take: what is to be had, what the weights give
@@ -67,6 +73,15 @@ class OwnTensors:
     def in_files(self, unit: Unit, layout: ImageLayout) -> NoReturn:
         raise AssertionError("they are in memory")
 
+    def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:
+        """Fingerprints of the images, which are made for it one at a time."""
+        host_memory.require(max(layout.nbytes for layout in layouts), "looking at a model's blocks")
+        return {
+            "fingerprints": [
+                _fingerprint(unit, layout) for unit, layout in zip(units, layouts, strict=True)
+            ]
+        }
+
     def room(self, units: list[Unit], layouts: list[ImageLayout]) -> int:
         """Blocks on the host are moved one at a time, not copied."""
         given_back = sum(layout.nbytes for layout in layouts) - _kept(units)
@@ -77,7 +92,7 @@ class OwnTensors:
         self._came_from = [[group[0].tensor.device for group in unit.groups] for unit in units]
         largest = max(layout.nbytes for layout in layouts)
         total = sum(layout.nbytes for layout in layouts)
-        in_memory = [u for u, tier in zip(units, plan.tiers, strict=True) if tier != DISK]
+        in_memory = [unit for number, unit in enumerate(units) if plan.takes_memory(number)]
         host_memory.require(
             _kept(in_memory) + largest + plan.ring_bytes,
             f"wrapping {type(self._model).__name__} ({len(units)} blocks of "
@@ -105,8 +120,7 @@ class OwnTensors:
                     owner._buffers[key] = buffer.to(self._device)
 
     def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: Lock) -> None:
-        tensors = [group[0].tensor for group in unit.groups]
-        image.write_image(memory, layout, tensors, lock)
+        image.write_image(memory, layout, [group[0].tensor for group in unit.groups], lock)
 
     def finish(self) -> None:
         came_from = {device.type for devices in self._came_from for device in devices}
@@ -125,6 +139,15 @@ class OwnTensors:
                 owner._buffers[key] = tensor
             else:
                 tensor.data = data
+
+
+def _fingerprint(unit: Unit, layout: ImageLayout) -> int:
+    """Of the unit's image as it will be."""
+    memory = HostStore(HostBackend()).allocate(layout.nbytes)
+    image.write_image(
+        memory, layout, [group[0].tensor for group in unit.groups], image.leave_unlocked
+    )
+    return image.fingerprint_of(memory)
 
 
 def _kept(units: list[Unit]) -> int:

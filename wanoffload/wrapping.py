@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from wanoffload import hooks, host_memory, image
-from wanoffload._C import BackendError, HostImage, HostMemoryError, HostStore, Image
+from wanoffload._C import Backend, BackendError, HostImage, HostMemoryError, HostStore, Image
 from wanoffload.binding import Binding
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import ordinary_tensors
@@ -23,6 +23,7 @@ from wanoffload.host_tiers import AUTO, DISK, PINNED, HostChoice, HostPlan, assi
 from wanoffload.image import ImageLayout
 from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.runtime import Offloader, SlotMemory, backend_for
+from wanoffload.shared_arena import SharedArena, check_name
 from wanoffload.units import Unit, check_wrappable, find_units
 from wanoffload.weights import OwnTensors, Weights
 
@@ -41,6 +42,7 @@ def wrap(
     host: str = AUTO,
     host_budget: int | str | None = None,
     cache: str | os.PathLike[str] | None = None,
+    share: str | None = None,
     verify: bool = False,
 ) -> nn.Module:
     """Streams a transformer's blocks through a few slots of device memory. In place.
@@ -71,6 +73,11 @@ def wrap(
             memory. Default: what is to be had, a part of it left to others.
         cache: a file that holds the blocks as they are streamed, so that they can stand on disk
             (docs/cache-file.md). Written if it is not there; else all weights are compared with it.
+        share: a name, under which all processes of this user on this host hold one copy of the
+            images together: the first that asks for the name fills them, the others wait and map
+            them. A block that a process writes to becomes that process's own first. Nothing is
+            left when the last one ends, however it ends. Processes that can't see each other in
+            /proc (of other containers) don't meet, and each holds a copy.
         verify: debug. Every block is checked against a fingerprint of its host bytes before use
             and after; waits for the device at every block.
 
@@ -80,12 +87,21 @@ def wrap(
     Raises:
         WrapError: the model or an argument can't be used; says what to do.
         HostMemoryError: too little host memory. The model is as it was.
+        ShareError: under this name the processes of this user share another model, or can't share.
         CacheFileError: the cache file is spoilt or another model's, or can't be written. The model
             is as it was, and so is the file.
         torch.OutOfMemoryError: too little device memory for the slots. The model is as it was.
     """
     choice = HostChoice.of(host, host_budget)
-    stream(transformer, prefetch, device=device, host=choice, cache=cache, verify=verify)
+    stream(
+        transformer,
+        prefetch,
+        device=device,
+        host=choice,
+        cache=cache,
+        share=share,
+        verify=verify,
+    )
     return transformer
 
 
@@ -96,6 +112,7 @@ def stream(
     device: torch.device | str | int | None = None,
     host: HostChoice = HostChoice(),  # noqa: B008 (it is frozen)
     cache: str | os.PathLike[str] | None = None,
+    share: str | None = None,
     verify: bool = False,
     rest: str = MOVE,
     progress: tqdm[NoReturn] | None = None,
@@ -107,14 +124,23 @@ def stream(
     counts the bytes of the blocks, instead of one of its own.
     """
     _check_module(module)
-    check_options(prefetch, cache, verify)
+    check_options(prefetch, cache, share, verify)
     assert rest in (MOVE, LEAVE)
     check_wrappable(module)
     target = resolve_device(device)
     weights: Weights = OwnTensors(module, target, move_others=rest == MOVE)
     if cache is not None:
         weights = CachedWeights(weights, module, Path(cache))
-    return start(module, weights, prefetch, target, host=host, verify=verify, progress=progress)
+    return start(
+        module,
+        weights,
+        prefetch,
+        target,
+        host=host,
+        share=share,
+        verify=verify,
+        progress=progress,
+    )
 
 
 def start(
@@ -124,6 +150,7 @@ def start(
     device: torch.device,
     *,
     host: HostChoice,
+    share: str | None,
     verify: bool,
     progress: tqdm[NoReturn] | None = None,
     title: str = "wrap",
@@ -133,27 +160,84 @@ def start(
     Whatever fails, `weights` is undone, and nothing stays. `progress`: as of `stream`, else a bar
     of this title.
     """
+    if share is not None and host.kind == DISK:
+        raise WrapError("share: with host='disk' there is nothing in memory that could be shared")
     found = find_units(module)
     layouts = [
         image.lay_out((group[0].name, group[0].tensor) for group in unit.groups) for unit in found
     ]
-    what = f"{title} {type(module).__name__}"
-    plan = _plan(what, weights, found, layouts, host)
-    with ordinary_tensors(), _bar(progress, found, title) as bar:
-        return _Wrapping(
-            module, weights, found, layouts, device, plan, host, prefetch, verify, bar
-        ).run()
+    backend = backend_for(device)
+    store = HostStore(backend)
+    with ordinary_tensors(), _joined(share, module, weights, found, layouts, store) as arena:
+        plan = _plan(f"{title} {type(module).__name__}", weights, found, layouts, host, arena)
+        with _bar(progress, found, title) as bar:
+            return _Wrapping(
+                module,
+                weights,
+                found,
+                layouts,
+                device,
+                backend,
+                store,
+                arena,
+                plan,
+                host,
+                prefetch,
+                verify,
+                bar,
+            ).run()
+
+
+@contextmanager
+def _joined(
+    share: str | None,
+    module: nn.Module,
+    weights: Weights,
+    found: list[Unit],
+    layouts: list[ImageLayout],
+    store: HostStore,
+) -> Iterator[SharedArena | None]:
+    """The arena of this name. It is let go at the end: images hold what they stand on."""
+    if share is None:
+        yield None
+        return
+    identity = {
+        "model": f"{type(module).__module__}.{type(module).__qualname__}",
+        "units": [[unit.name, _table(own)] for unit, own in zip(found, layouts, strict=True)],
+        "weights": weights.identity(found, layouts),
+    }
+    arena = SharedArena.join(share, identity, [layout.nbytes for layout in layouts], store)
+    try:
+        yield arena
+    finally:
+        arena.close()
+
+
+def _table(layout: ImageLayout) -> list[list[object]]:
+    """Where each tensor of an image stands."""
+    return [
+        [spec.name, str(spec.dtype), [*spec.shape], [*spec.stride], spec.offset]
+        for spec in layout.specs
+    ]
 
 
 def _plan(
-    what: str, weights: Weights, found: list[Unit], layouts: list[ImageLayout], host: HostChoice
+    what: str,
+    weights: Weights,
+    found: list[Unit],
+    layouts: list[ImageLayout],
+    host: HostChoice,
+    arena: SharedArena | None,
 ) -> HostPlan:
     """What is page-locked the machine can't take back: `auto` leaves a part of the free memory."""
     sizes = [layout.nbytes for layout in layouts]
+    shared = frozenset(
+        number for number in range(len(found)) if arena and arena.filled and arena.holds(number)
+    )
     room = weights.room(found, layouts)
     lockable = room - int(host_memory.to_be_had() * NOT_LOCKED)
     reasons = [weights.why_not_in_files(u, own) for u, own in zip(found, layouts, strict=True)]
-    plan = assign(what, sizes, host, room, lockable, reasons)
+    plan = assign(what, sizes, host, room, lockable, reasons, shared)
     logger.info("%s: %s", what, plan.sentence)
     return plan
 
@@ -173,9 +257,9 @@ def unwrap(transformer: nn.Module, device: torch.device | str | int = "cpu") -> 
     """Makes a wrapped transformer an ordinary module again, in place, and moves it to `device`.
 
     Values are the same; on "cpu" the block weights stay in the memory where they are, without a
-    copy, no longer page-locked; those on disk are read into memory. Hooks of others (caches,
-    compiled blocks, LoRA) stay. A module that is not wrapped raises WrapError; too little host
-    memory, HostMemoryError, and the model is as it was.
+    copy, no longer page-locked; those on disk, or shared, are read into memory. Hooks of others
+    (caches, compiled blocks, LoRA) stay. A module that is not wrapped raises WrapError; too little
+    host memory, HostMemoryError, and the model is as it was.
     """
     runtime = offloader(transformer)
     target = torch.device(device)
@@ -200,7 +284,7 @@ def _bring_into_memory(runtime: Offloader, target: torch.device) -> None:
     missing = [binding for binding in runtime.bindings if not binding.owned]
     if missing and target.type == "cpu":
         total = sum(binding.image.nbytes for binding in missing)
-        host_memory.require(total, f"bringing {len(missing)} blocks from disk into memory")
+        host_memory.require(total, f"bringing {len(missing)} blocks into own memory")
         for binding in missing:
             binding.take_ownership()
 
@@ -228,7 +312,9 @@ def _check_module(transformer: nn.Module) -> None:
             )
 
 
-def check_options(prefetch: int, cache: str | os.PathLike[str] | None, verify: bool) -> None:
+def check_options(
+    prefetch: int, cache: str | os.PathLike[str] | None, share: str | None, verify: bool
+) -> None:
     """Raises WrapError for an option of `wrap` and `load` that can't be used."""
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise WrapError(f"prefetch is a number of blocks, 0 or more, not {prefetch!r}")
@@ -236,6 +322,8 @@ def check_options(prefetch: int, cache: str | os.PathLike[str] | None, verify: b
         raise WrapError(f"cache is the path of a file, not {cache!r}")
     if not isinstance(verify, bool):
         raise WrapError(f"verify is True or False, not {verify!r}")
+    if share is not None:
+        check_name(share)
 
 
 def resolve_device(device: torch.device | str | int | None) -> torch.device:
@@ -274,6 +362,9 @@ class _Wrapping:
         found: list[Unit],
         layouts: list[ImageLayout],
         device: torch.device,
+        backend: Backend,
+        store: HostStore,
+        arena: SharedArena | None,
         plan: HostPlan,
         host: HostChoice,
         prefetch: int,
@@ -284,7 +375,9 @@ class _Wrapping:
         self.weights = weights
         self.units = found
         self.device = device
-        self.backend = backend_for(device)
+        self.backend = backend
+        self.store = store
+        self.arena = arena
         self.plan = plan
         self.host = host
         self.lock_refused = False
@@ -338,9 +431,9 @@ class _Wrapping:
 
     def _write_units(self) -> None:
         assert self.runtime is not None
-        store = HostStore(self.backend)
-        for unit, layout, tier in zip(self.units, self.layouts, self.plan.tiers, strict=True):
-            placed = self._place(store, unit, layout, tier)
+        for number in range(len(self.units)):
+            placed = self._place(number)
+            unit, layout = self.units[number], self.layouts[number]
             self.bound.append(Binding(self.runtime, unit, layout, placed))
             del placed  # or whoever keeps the next unit's error keeps this one too
             self.bound[-1].make_weights()
@@ -348,17 +441,38 @@ class _Wrapping:
             self._raise_if_refused(wait=False)
         self._raise_if_refused(wait=True)
         self.locker.shutdown()
+        self._share()
 
-    def _place(self, store: HostStore, unit: Unit, layout: ImageLayout, tier: str) -> Image:
-        """The unit's image, in memory or in files."""
+    def _place(self, number: int) -> Image:
+        """A unit's image, in memory or in files."""
+        unit, layout, tier = self.units[number], self.layouts[number], self.plan.tiers[number]
         if tier == DISK:
             return self.weights.in_files(unit, layout)
-        host_memory.require(layout.nbytes, f"the image of {unit.name}")
-        memory = store.allocate(layout.nbytes)
-        self.weights.write(
-            unit, layout, memory, self._lock if tier == PINNED else image.leave_unlocked
-        )
+        lock = self._lock if tier == PINNED else image.leave_unlocked
+        if number in self.plan.shared:
+            assert self.arena is not None
+            memory = self.arena.image(number)
+            lock(memory, False)
+        else:
+            memory = self._new_memory(number)
+            self.weights.write(unit, layout, memory, lock)
         return memory
+
+    def _new_memory(self, number: int) -> HostImage:
+        """Of this process, or in the arena that it fills."""
+        if self.arena is not None and not self.arena.filled:
+            return self.arena.image(number)
+        nbytes = self.layouts[number].nbytes
+        host_memory.require(nbytes, f"the image of {self.units[number].name}")
+        return self.store.allocate(nbytes)
+
+    def _share(self) -> None:
+        """All is written: from here on shared images can't be, and others may use them."""
+        for binding in self.bound:
+            if isinstance(binding.image, HostImage):
+                binding.image.protect()
+        if self.arena is not None:
+            self.arena.publish()
 
     def _lock(self, memory: HostImage, now: bool) -> None:
         """Page-locks an image beside what comes next, or now, before this returns."""
@@ -403,5 +517,7 @@ class _Wrapping:
         try:
             if self.runtime is not None:
                 self.runtime.close()
+            if self.arena is not None:
+                self.arena.close()  # an image that nobody else has seen is the model's to keep
         finally:
             self.weights.undo(self.bound)

@@ -17,7 +17,7 @@ from wanoffload.loading.cache_file import CacheFile
 from wanoffload.loading.cache_identity import identity_of
 from wanoffload.loading.cache_writer import fill_each, write_cache
 from wanoffload.units import Unit
-from wanoffload.weights import Weights
+from wanoffload.weights import Identity, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ class CachedWeights:
 
     def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> None:
         """Every unit can stand in the cache file."""
+
+    def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:
+        return self._inner.identity(units, layouts)
 
     def room(self, units: list[Unit], layouts: list[ImageLayout]) -> int:
         return self._inner.room(units, layouts)

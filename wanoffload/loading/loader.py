@@ -36,6 +36,7 @@ def load(
     host: str = AUTO,
     host_budget: int | str | None = None,
     cache: str | os.PathLike[str] | None = None,
+    share: str | None = None,
     verify: bool = False,
 ) -> Model:
     """Reads a checkpoint straight into the host memory from which blocks are streamed.
@@ -53,9 +54,10 @@ def load(
         subfolder, variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
         torch_dtype: as of `from_pretrained`, with what the class keeps in fp32. None: what the
             class is constructed in, which is fp32 as a rule, whatever the checkpoint holds.
-        prefetch, device, host, host_budget, verify: as of `wrap`. With "disk" (or "auto", where
-            memory is short) blocks stay in the checkpoint's own files and are read from there,
-            which must stay as they are; it takes a checkpoint that holds the dtypes to be used.
+        prefetch, device, host, host_budget, share, verify: as of `wrap`. With "disk" (or "auto",
+            where memory is short) blocks stay in the checkpoint's own files and are read from
+            there, which must stay as they are; it takes a checkpoint that holds the dtypes to be
+            used.
         cache: a file that holds the blocks in the dtypes in which they are streamed
             (docs/cache-file.md). Read in place of the checkpoint's if it is of this checkpoint;
             written if it is not there.
@@ -65,12 +67,13 @@ def load(
             shapes. Nothing has been read but headers.
         HostMemoryError: too little host memory. Nothing has been read.
         CacheFileError: the cache file is spoilt or another checkpoint's, or can't be written.
+        ShareError: the images can't be shared under this name.
         TransferError: a file could not be read, or changed meanwhile.
         WrapError: an argument can't be used; says what to do.
         torch.OutOfMemoryError: too little device memory.
         After any of them, nothing is held.
     """
-    check_options(prefetch, cache, verify)
+    check_options(prefetch, cache, share, verify)
     choice = HostChoice.of(host, host_budget)
     target = resolve_device(device)
     checkpoint = Checkpoint.open(
@@ -86,5 +89,14 @@ def load(
     weights: Weights = StoredWeights(described, target)
     if cache is not None:
         weights = CachedWeights(weights, described.module, Path(cache), checkpoint.files)
-    start(described.module, weights, prefetch, target, host=choice, verify=verify, title="load")
+    start(
+        described.module,
+        weights,
+        prefetch,
+        target,
+        host=choice,
+        share=share,
+        verify=verify,
+        title="load",
+    )
     return described.module  # type: ignore[return-value]  # it is of class cls

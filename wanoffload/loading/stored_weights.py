@@ -23,6 +23,7 @@ from wanoffload.image import ImageLayout, Lock, TensorSpec
 from wanoffload.loading.describing import Described, torch_dtype_of
 from wanoffload.loading.header import read_header
 from wanoffload.units import Unit
+from wanoffload.weights import Identity
 
 Extent = tuple[SourceFile, int, int, int]
 
@@ -43,6 +44,7 @@ class StoredWeights:
         self._store = HostStore(HostBackend())
         self._buffer: HostImage | None = None
         self._files: dict[Path, SourceFile] = {}
+        self._states: dict[Path, Identity] = {}
         self._direct = False  # the page cache has no room for the files beside the images
 
     def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
@@ -55,6 +57,21 @@ class StoredWeights:
                 )
         return None
 
+    def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:
+        """The files, by what tells one state of a file from another, and the place of each tensor.
+
+        From here on a file that is replaced is an error.
+        """
+        self._states = {path: _state(path) for path in self._paths()}
+        return {
+            "files": {path.name: state for path, state in self._states.items()},
+            "tensors": {
+                name: [self._stored[name].file.name, self._stored[name].offset]
+                for name in _names(units)
+            },
+            "stored": {name: self._stored[name].dtype for name in _names(units)},
+        }
+
     def room(self, units: list[Unit], layouts: list[ImageLayout]) -> int:
         return host_memory.to_be_had() - self._beside(units)
 
@@ -65,7 +82,7 @@ class StoredWeights:
 
     def open_files(self) -> None:
         """All that `write` and `in_files` need. `finish` closes them."""
-        for path in sorted({tensor.file for tensor in self._stored.values()}):
+        for path in self._paths():
             self._files[path] = SourceFile(str(path))
             self._check_same(path)
 
@@ -73,7 +90,8 @@ class StoredWeights:
         """The file that is open is the one whose header was read."""
         found = read_header(path)
         known = [tensor for tensor in self._stored.values() if tensor.file == path]
-        if any(found.get(tensor.name) != tensor for tensor in known):
+        replaced = path in self._states and self._states[path] != _state(path)
+        if replaced or any(found.get(tensor.name) != tensor for tensor in known):
             raise CheckpointError(f"{path} was replaced while it was being loaded")
 
     def _require_memory(
@@ -81,7 +99,7 @@ class StoredWeights:
     ) -> None:
         sizes = [layout.nbytes for layout in layouts]
         needed = host_bytes(sizes, plan) + self._beside(units)
-        in_files = sum(path.stat().st_size for path in {t.file for t in self._stored.values()})
+        in_files = sum(path.stat().st_size for path in self._paths())
         self._direct = host_memory.to_be_had() < needed + in_files
         host_memory.require(
             needed,
@@ -139,6 +157,9 @@ class StoredWeights:
 
     # Bytes.
 
+    def _paths(self) -> list[Path]:
+        return sorted({tensor.file for tensor in self._stored.values()})
+
     def _is_cast(self, name: str) -> bool:
         return torch_dtype_of(self._stored[name]) != self._dtypes[name]
 
@@ -178,6 +199,16 @@ class StoredWeights:
     def _extent(self, name: str, offset: int) -> Extent:
         stored = self._stored[name]
         return self._files[stored.file], stored.offset, stored.nbytes, offset
+
+
+def _state(path: Path) -> Identity:
+    found = path.stat()
+    return {
+        "device": found.st_dev,
+        "inode": found.st_ino,
+        "bytes": found.st_size,
+        "modified_ns": found.st_mtime_ns,
+    }
 
 
 def _names(units: list[Unit]) -> list[str]:
