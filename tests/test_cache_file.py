@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import resource
@@ -563,6 +564,16 @@ parts.write(Path({str(tmp_path / "a")!r}), fill)
     assert left.match("a.*.tmp")
     Parts(KIND.make()).write(tmp_path / "a")
     CacheFile.open(tmp_path / "a")
+
+
+def test_what_the_system_writes_in_part_is_written_on() -> None:
+    class Slow(io.BytesIO):
+        def write(self, content: Any) -> int:
+            return super().write(content[:1000])
+
+    file = Slow(bytes(9000))
+    cache_writer._write_at(file, 4096, memoryview(b"x" * 3500))
+    assert file.getvalue() == bytes(4096) + b"x" * 3500 + bytes(9000 - 4096 - 3500)
 
 
 def test_a_link_to_another_disk_stays_a_link(tmp_path: Path, parts: Parts) -> None:

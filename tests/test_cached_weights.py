@@ -18,14 +18,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import wanoffload
 from tests.small_models import MODELS, forward
-from tests.test_cache_file import flip, largest_file, only
+from tests.test_cache_file import Parts, flip, largest_file, only
 from tests.test_checkpoint import WEIGHTS, assert_same, save
-from tests.test_load import KIND, Watch, both, on
+from tests.test_load import KIND, Watch, both, on, open_files
+from wanoffload._C import HostImage
 from wanoffload.host_tensor import HostTensor
+from wanoffload.host_tiers import HostPlan
+from wanoffload.image import ImageLayout
 from wanoffload.loading import cache_identity, cache_writer, stored_weights
 from wanoffload.loading.cache_file import CacheFile
+from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.loading.packing import check, pack
-from wanoffload.units import find_units
+from wanoffload.units import Unit, find_units
 from wanoffload.weights import OwnTensors
 
 TIERS = ["pinned", "pageable", "disk"]
@@ -120,7 +124,9 @@ def test_load_writes_a_cache_file_and_then_reads_it(
             }
         for _ in range(2):
             assert torch.equal(forward(loaded, inputs), forward(wrapped, inputs))
-        stats = wanoffload.offloader(loaded).stats()
+        runtime = wanoffload.offloader(loaded)
+        assert {binding.tier for binding in runtime.bindings} == {host}
+        stats = runtime.stats()
         assert stats.acquires == 2 * stats.units
         assert stats.bytes_fetched >= sum(
             unit.layout.nbytes for unit in CacheFile.open(cache).header.units
@@ -437,6 +443,39 @@ def test_a_wrapped_model_lets_go_of_the_tensors_that_stand_in_the_cache(cache: P
     assert_right(model)
 
 
+class Inner:
+    """Weights of a model in memory that note what they are asked for."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.calls: list[str] = []
+        self._parts = parts
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls.append(name)
+        return lambda *_: None
+
+    def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: Any) -> None:
+        self.calls.append("write")
+        self._parts.fill(unit, layout, memory)
+
+
+@pytest.mark.parametrize("end", ["finish", "undo"])
+def test_at_the_end_the_file_is_let_go_of_and_who_stands_behind_is_told(
+    cache: Path, end: str
+) -> None:
+    model = KIND.make()
+    parts = Parts(model)
+    inner = Inner(parts)
+    weights = CachedWeights(inner, model, cache)  # type: ignore[arg-type]
+    gc.collect()
+    before = open_files()
+    weights.prepare(parts.units, parts.layouts, HostPlan((), 0, ""))
+    assert open_files() == before | {str(cache)}
+    weights.finish() if end == "finish" else weights.undo([])
+    assert open_files() == before
+    assert inner.calls == ["prepare", "write", "write", "write", end]
+
+
 @pytest.mark.parametrize("cache", [7, True, b"file"])
 def test_a_cache_that_is_no_path_is_refused(cache: Any) -> None:
     with pytest.raises(wanoffload.WrapError, match="cache is the path of a file, not"):
@@ -450,6 +489,16 @@ def test_pack_does_not_write_over_a_file(folder: Path, cache: Path) -> None:
     with pytest.raises(wanoffload.CacheFileError, match="is there already"):
         pack(folder, cache, torch_dtype=BF16)
     assert cache.read_text() == "there"
+
+
+def test_a_pack_that_fails_holds_nothing_although_its_error_is_kept(
+    folder: Path, cache: Path, watch: Watch
+) -> None:
+    with largest_file(50_000), pytest.raises(wanoffload.CacheFileError) as caught:
+        pack(folder, cache, torch_dtype=BF16)
+    assert open_files() == watch.files
+    only(cache.parent)
+    assert "File too large" in str(caught.value)
 
 
 def test_pack_names_a_class_that_is_not_to_be_had(folder: Path, cache: Path) -> None:
