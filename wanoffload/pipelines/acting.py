@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,13 @@ from tqdm import tqdm
 from wanoffload import hooks
 from wanoffload.errors import DeviceMemoryError, HostMemoryError, PipelineError
 from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.loading.describing import Described
 from wanoffload.machine.hardware import Hardware
 from wanoffload.pipelines.components import Component, Treatment, role, treatment
 from wanoffload.pipelines.tenancy import Floor
 from wanoffload.policy.choices import DIT
 from wanoffload.policy.cost import HOST_RESERVE_BYTES
 from wanoffload.workload import Workload
-from wanoffload.wrapping import resolve_device
 
 if TYPE_CHECKING:
     from wanoffload.policy.planning import Plan
@@ -56,13 +57,16 @@ class Enabled(hooks.Attached):
         mode: str,
         hardware: Hardware,
         choices: Mapping[str, Any],
+        device: torch.device,
+        unread: Mapping[str, Described] = MappingProxyType({}),
     ) -> None:
-        self.device = resolve_device(None)
+        self.device = device
         self.floor = Floor()
         self.components = {
-            name: Component(name, module, self.device, self.floor)
+            name: Component(name, module, device, self.floor, unread.get(name))
             for name, module in modules.items()
         }
+        self._unread = tuple(unread)
         self._model = model
         self._mode = mode
         self._hardware = hardware
@@ -74,15 +78,18 @@ class Enabled(hooks.Attached):
     # Deciding.
 
     def begin(self, workload: Workload | None) -> None:
-        """Decides and acts, as far as that is possible. If it raises, nothing has changed."""
+        """Decides and acts, as far as that is possible. If it raises, nothing has changed.
+
+        Weights that are unread are read, whatever a size may change later.
+        """
         plan = self._decide(workload)
         self._model = plan.facts  # looked at once, before anything is moved
         wanted = self._treatments(plan)
-        if workload is None:
-            wanted = self._certain(wanted)
-        self._adopt(plan, workload, wanted)
+        certain = wanted if workload is not None else self._certain(wanted)
+        self._adopt(plan, workload, certain | {name: wanted[name] for name in self._unread})
         self._given = workload is not None
-        self._undecided = len(wanted) < len(self.components)
+        self._undecided = len(certain) < len(self.components)
+        self._unread = ()
 
     def settle(self) -> None:
         """Decides without a size what would wait for a pipeline's first call."""
@@ -107,7 +114,7 @@ class Enabled(hooks.Attached):
     def _adopt(self, plan: Plan, workload: Workload | None, wanted: dict[str, Treatment]) -> None:
         for message in plan.messages:
             logger.info("%s", message)
-        _require_fit(plan, self._hardware)
+        require_fit(plan, self._hardware)
         self._change(wanted)
         self.plan = plan
         self._workload = workload
@@ -147,11 +154,13 @@ class Enabled(hooks.Attached):
 
     def _bar(self, changed: list[str], wanted: dict[str, Treatment]) -> Any:
         total = sum(self.components[name].bytes_to_move(wanted[name]) for name in changed)
-        return tqdm(total=total, unit="B", unit_scale=True, desc="enable", leave=False, delay=1.0)
+        title = "load" if self._unread else "enable"
+        return tqdm(total=total, unit="B", unit_scale=True, desc=title, leave=False, delay=1.0)
 
     def _take_back(self, done: list[str], before: dict[str, Treatment | None], bar: Any) -> None:
         for name in done:
-            self.components[name].release()
+            component = self.components[name]
+            component.begin_restore() if before[name] is None else component.release()
         for name in reversed(done):
             old = before[name]
             if old is None:
@@ -218,7 +227,7 @@ class Enabled(hooks.Attached):
                 )
 
 
-def _require_fit(plan: Plan, hardware: Hardware) -> None:
+def require_fit(plan: Plan, hardware: Hardware) -> None:
     """Raises the error that says which memory is too small, before anything is moved."""
     if plan.fits:
         return
