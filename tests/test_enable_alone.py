@@ -11,7 +11,7 @@ import torch
 import wanoffload
 from tests.small_models import MODELS, forward
 from tests.small_pipelines import PIPELINES
-from wanoffload import Hardware, PipelineError, Plan, wrapping
+from wanoffload import Hardware, PipelineError, Plan
 from wanoffload.facts.look import look
 from wanoffload.hooks import attached
 from wanoffload.pipelines import enabling
