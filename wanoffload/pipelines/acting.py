@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,24 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from wanoffload import hooks
+from wanoffload import hooks, host_memory
 from wanoffload.errors import DeviceMemoryError, HostMemoryError, PipelineError
 from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.host_tiers import AUTO, PINNED, HostChoice
 from wanoffload.loading.describing import Described
 from wanoffload.machine.hardware import Hardware
-from wanoffload.pipelines.components import Component, Treatment, role, treatment
+from wanoffload.pipelines.components import (
+    PARKED,
+    STREAMED,
+    Component,
+    Treatment,
+    role,
+    treatment,
+)
 from wanoffload.pipelines.tenancy import Floor
 from wanoffload.policy.choices import DIT
 from wanoffload.policy.cost import HOST_RESERVE_BYTES
+from wanoffload.sizes import gb
 from wanoffload.workload import Workload
 
 if TYPE_CHECKING:
@@ -58,6 +68,7 @@ class Enabled(hooks.Attached):
         hardware: Hardware,
         choices: Mapping[str, Any],
         device: torch.device,
+        host: HostChoice,
         unread: Mapping[str, Described] = MappingProxyType({}),
     ) -> None:
         self.device = device
@@ -71,6 +82,7 @@ class Enabled(hooks.Attached):
         self._mode = mode
         self._hardware = hardware
         self._choices = dict(choices)
+        self._host = host
         self._given = False  # the workload was given, not found at a call
         self._workload: Workload | None = None
         self._undecided = True  # something waits for the first call
@@ -114,7 +126,7 @@ class Enabled(hooks.Attached):
     def _adopt(self, plan: Plan, workload: Workload | None, wanted: dict[str, Treatment]) -> None:
         for message in plan.messages:
             logger.info("%s", message)
-        require_fit(plan, self._hardware)
+        require_fit(plan, self._hardware, self._host)
         self._change(wanted)
         self.plan = plan
         self._workload = workload
@@ -122,9 +134,11 @@ class Enabled(hooks.Attached):
             self._expect(runtime)
 
     def _expect(self, runtime: Any) -> None:
-        """A prediction for this machine is compared with what is measured on it."""
+        """A prediction for this machine, and page-locked weights, is compared with what is
+        measured."""
         known = self._workload
-        if known is None or self._hardware.platform != self.device.type:
+        elsewhere = set(runtime.tiers) != {PINNED} or self._hardware.platform != self.device.type
+        if known is None or elsewhere:
             runtime.expect(None, 1)
         else:
             runtime.expect(self.plan.step_seconds, known.forwards_per_step)
@@ -139,18 +153,51 @@ class Enabled(hooks.Attached):
         self.floor.clear()
         before = {name: self.components[name].treatment for name in changed}
         # What leaves the device makes room for what comes.
-        changed.sort(key=lambda name: self.components[name].bytes_on_device(wanted[name]))
+        # What is read takes of the host's memory what others leave.
+        parts = self.components
+        changed.sort(key=lambda n: (parts[n].unread, parts[n].bytes_on_device(wanted[n])))
         with ordinary_tensors(), self._bar(changed, wanted) as bar:
             done: list[str] = []
             try:
                 for name in changed:
                     done.append(name)
-                    self.components[name].become(wanted[name], bar)
+                    self.components[name].become(wanted[name], bar, self._share(name, wanted))
             except BaseException:
                 self._take_back(done, before, bar)
                 raise
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what left the device belongs to others now
+
+    def _share(self, name: str, wanted: Mapping[str, Treatment]) -> HostChoice:
+        """What a DiT that is to be streamed may take of the host's memory.
+
+        Of a budget, its part by bytes of what is not for the other components. Without one, of what
+        the host has now, its part of what is still to be read.
+        """
+        parts = self.components
+        own = parts[name]
+        if role(name) != DIT or wanted[name].kind != STREAMED:
+            return self._host
+        if self._host.budget is not None:
+            room = self._host.budget - self._waiting(wanted)
+            kinds = {n: _kind(wanted.get(n, part.treatment)) for n, part in parts.items()}
+            shared = [n for n in parts if role(n) == DIT and kinds[n] == STREAMED]
+        elif self._host.kind == AUTO and own.unread:
+            room = host_memory.to_be_had()
+            shared = [n for n in parts if parts[n].unread]
+        else:
+            return self._host
+        total = sum(parts[n].block_bytes for n in shared)
+        return replace(self._host, budget=max(0, room) * own.block_bytes // total)
+
+    def _waiting(self, wanted: Mapping[str, Treatment]) -> int:
+        """Bytes of all that waits on the host, DiTs that are streamed left out."""
+        return sum(
+            part.nbytes
+            for name, part in self.components.items()
+            if (kind := _kind(wanted.get(name, part.treatment))) == PARKED
+            or (kind == STREAMED and role(name) != DIT)
+        )
 
     def _bar(self, changed: list[str], wanted: dict[str, Treatment]) -> Any:
         total = sum(self.components[name].bytes_to_move(wanted[name]) for name in changed)
@@ -227,11 +274,26 @@ class Enabled(hooks.Attached):
                 )
 
 
-def require_fit(plan: Plan, hardware: Hardware) -> None:
+def _kind(treatment: Treatment | None) -> str | None:
+    return None if treatment is None else treatment.kind
+
+
+def within(hardware: Hardware, host: HostChoice) -> Hardware:
+    """The machine, of whose host memory no more than the budget is to be had."""
+    if host.budget is None:
+        return hardware
+    limit = host.budget + HOST_RESERVE_BYTES
+    there = hardware.host_memory
+    return replace(hardware, host_memory=limit if there is None else min(limit, int(there)))
+
+
+def require_fit(plan: Plan, hardware: Hardware, host: HostChoice) -> None:
     """Raises the error that says which memory is too small, before anything is moved."""
     if plan.fits:
         return
     message = plan.messages[-1] if plan.messages else "nothing that is permitted fits"
+    if host.budget is not None:
+        message += f" (host_budget is {gb(host.budget)}, beside a reserve)"
     locked, there = plan.host_locked_bytes, hardware.host_memory
     if locked is not None and there is not None and locked + HOST_RESERVE_BYTES > int(there):
         raise HostMemoryError(message)

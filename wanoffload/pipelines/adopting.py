@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wanoffload import hooks, wrapping
+from wanoffload.host_tiers import DISK, HostChoice
 from wanoffload.runtime import Offloader
 
 
@@ -19,7 +20,6 @@ class Found:
     module: nn.Module
     runtime: Offloader
     prefetch: int
-    host: str
 
     def give_back(self) -> Found:
         """Wrapped as it was: by the same runtime, or, if it was unwrapped since, by a new one."""
@@ -31,10 +31,16 @@ class Found:
             self.module,
             self.prefetch,
             device=self.runtime.device,
-            host=self.host,
+            host=self._host(),
             verify=self.runtime.verify,
         )
         return replace(self, runtime=runtime)
+
+    def _host(self) -> HostChoice:
+        """As it was, if it was one; what was on disk came into memory when it was unwrapped."""
+        tiers = set(self.runtime.host_plan.tiers)
+        alike = len(tiers) == 1 and DISK not in tiers
+        return HostChoice(tiers.pop()) if alike else HostChoice()
 
 
 def find_wrapped(module: nn.Module) -> Found | None:
@@ -42,8 +48,7 @@ def find_wrapped(module: nn.Module) -> Found | None:
     runtime = hooks.attached(module)
     if not isinstance(runtime, Offloader):
         return None
-    locked = any(binding.image.locked for binding in runtime.bindings)
-    return Found(module, runtime, runtime.prefetch, "pinned" if locked else "pageable")
+    return Found(module, runtime, runtime.prefetch)
 
 
 def why_not(module: nn.Module, device: torch.device, *, is_dit: bool) -> str | None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wanoffload import hooks, wrapping
+from wanoffload.facts.tally import image_bytes
 from wanoffload.host_tensor import HostTensor, ordinary_tensors
+from wanoffload.host_tiers import AUTO, DISK, HostChoice
 from wanoffload.loading.describing import Described
 from wanoffload.loading.stored_weights import StoredWeights
 from wanoffload.pipelines import tenancy
@@ -22,7 +24,7 @@ from wanoffload.pipelines.tenancy import ComponentHook, Floor, StreamedTenant
 from wanoffload.policy import cost
 from wanoffload.policy.choices import DIT
 from wanoffload.runtime import Offloader
-from wanoffload.units import check_wrappable
+from wanoffload.units import check_wrappable, find_units
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ RESIDENT = "resident"
 PARKED = "parked"
 STREAMED = "streamed"
 UNTOUCHED = "untouched"
+
+ANYWHERE = HostChoice()
 
 TEXT_ENCODER, IMAGE_ENCODER, VAE = "text_encoder", "image_encoder", "vae"
 OTHER = "other"
@@ -151,6 +155,7 @@ class Component:
         self.runtime: Offloader | None = None
         self._streamed: nn.Module | None = None
         self._unread = unread
+        self._was_read = False
         self._found: Found | None = None
         self._find(find_wrapped(module))
         self._origins = {
@@ -159,6 +164,16 @@ class Component:
             for key, tensor in (*owner._parameters.items(), *owner._buffers.items())
             if tensor is not None
         }
+
+    @property
+    def unread(self) -> bool:
+        return self._unread is not None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a DiT's blocks, as images."""
+        units = find_units(self.module)
+        return sum(image_bytes(group[0].tensor.nbytes for group in u.groups) for u in units)
 
     @property
     def nbytes(self) -> int:
@@ -185,23 +200,28 @@ class Component:
             return False
         return self.parked is None or tenancy.installed(self.module)
 
-    def become(self, wanted: Treatment, progress: tqdm[NoReturn]) -> None:
-        """Changes the treatment. If it raises, `restore()` or another `become` is possible."""
+    def become(
+        self, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice = ANYWHERE
+    ) -> None:
+        """Changes the treatment. If it raises, `restore()` or another `become` is possible.
+
+        `host`: where a DiT's blocks stand, if it is streamed and was not before.
+        """
         end = progress.n + self.bytes_to_move(wanted)
         if self._unread is not None:
-            self._read(self._unread, wanted.prefetch, progress)
+            self._read(self._unread, wanted.prefetch, progress, host)
         if self.runtime is not None and self._is_streamed_as(wanted):
             self._keep_streaming(self.runtime, wanted.prefetch)
         else:
             self._let_go()
-            self._begin(wanted, progress)
+            self._begin(wanted, progress, host)
         self.treatment = wanted
         progress.update(end - progress.n)
 
-    def _begin(self, wanted: Treatment, progress: tqdm[NoReturn]) -> None:
+    def _begin(self, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice) -> None:
         """From an ordinary module."""
         if wanted.kind == STREAMED and role(self.name) == DIT:
-            self._stream_dit(wanted.prefetch, progress)
+            self._stream_dit(wanted.prefetch, progress, host)
         elif wanted.kind == STREAMED and (stack := find_stack(self.module)) is not None:
             self._stream_encoder(stack, wanted.prefetch, progress)
         elif wanted.kind in (PARKED, STREAMED):
@@ -220,22 +240,28 @@ class Component:
         if role(self.name) == DIT:
             self._come_with_forwards(runtime)
 
-    def _read(self, unread: Described, prefetch: int, progress: tqdm[NoReturn]) -> None:
+    def _read(
+        self, unread: Described, prefetch: int, progress: tqdm[NoReturn], host: HostChoice
+    ) -> None:
         """Reads the weights from their files into the images they are streamed from."""
         self._unread = None
+        self._was_read = True
         self.runtime = wrapping.start(
             self.module,
             StoredWeights(unread, self.device),
             prefetch,
             self.device,
-            host="pinned",
+            host=host,
             verify=False,
             progress=progress,
+            title="load",
         )
         self._streamed = self.module
 
-    def _stream_dit(self, prefetch: int, progress: tqdm[NoReturn]) -> None:
-        self._stream(self.module, prefetch, wrapping.MOVE, progress)
+    def _stream_dit(self, prefetch: int, progress: tqdm[NoReturn], host: HostChoice) -> None:
+        if self._was_read and host.kind == DISK:  # what came into memory since stays there
+            host = HostChoice(AUTO, host.budget)
+        self._stream(self.module, prefetch, wrapping.MOVE, progress, host)
         assert self.runtime is not None
         self._come_with_forwards(self.runtime)
 
@@ -245,14 +271,19 @@ class Component:
 
     def _stream_encoder(self, stack: nn.Module, prefetch: int, progress: tqdm[NoReturn]) -> None:
         check_wrappable(self.module)
-        self._stream(stack, prefetch, wrapping.LEAVE, progress)
+        self._stream(stack, prefetch, wrapping.LEAVE, progress, ANYWHERE)
         self._park(progress)
 
     def _stream(
-        self, module: nn.Module, prefetch: int, rest: str, progress: tqdm[NoReturn]
+        self,
+        module: nn.Module,
+        prefetch: int,
+        rest: str,
+        progress: tqdm[NoReturn],
+        host: HostChoice,
     ) -> None:
         self.runtime = wrapping.stream(
-            module, prefetch, device=self.device, rest=rest, progress=progress
+            module, prefetch, device=self.device, host=host, rest=rest, progress=progress
         )
         self._streamed = module
         self.runtime.pause()  # until it is the tenant

@@ -14,9 +14,10 @@ from torch import nn
 from wanoffload import hooks, host_memory
 from wanoffload.errors import PipelineError
 from wanoffload.facts.model import ModelFacts
+from wanoffload.host_tiers import AUTO, HostChoice
 from wanoffload.loading.describing import Described
 from wanoffload.machine.hardware import Hardware
-from wanoffload.pipelines.acting import Enabled
+from wanoffload.pipelines.acting import Enabled, within
 from wanoffload.pipelines.adopting import blocks_ahead, find_wrapped, why_not
 from wanoffload.pipelines.components import role
 from wanoffload.pipelines.enabled_class import enabled_class, ordinary_class, state
@@ -44,6 +45,8 @@ def enable(
     hardware: Hardware | None = None,
     facts: ModelFacts | None = None,
     device: torch.device | str | int | None = None,
+    host: str = AUTO,
+    host_budget: int | str | None = None,
     **choices: Any,
 ) -> Any:
     """Plans how each component of a pipeline is run on this machine, and acts on it. In place.
@@ -55,9 +58,9 @@ def enable(
         pipe: a diffusers pipeline: Wan's, or another whose `transformer` is a diffusers one. Or a
             transformer alone: it is then decided at once, and one that is run as a whole comes to
             the device with its first forward and stays until `disable`. A transformer that is
-            wrapped already keeps its images, `host` and `verify` where the plan streams it, and its
-            prefetch, as if `dit_offload_prefetch_size` had been chosen (of two that differ, the
-            larger; 0 becomes 1); where the plan does not stream it, it is unwrapped.
+            wrapped already keeps its images, where they are, and `verify` where the plan streams
+            it, and its prefetch, as if `dit_offload_prefetch_size` had been chosen (of two that
+            differ, the larger; 0 becomes 1); where the plan does not stream it, it is unwrapped.
         mode, choices: as for `wanoffload.plan`.
         workload: what will be generated. If it is not given, what depends on it is decided at the
             first call of the pipeline, and again at a call of another size; only components whose
@@ -66,6 +69,11 @@ def enable(
         facts: of the model. Default: what is found by looking at the pipeline.
         device: where it computes. Default: the current CUDA device, else the CPU, where the same
             engine runs on threads.
+        host: where the blocks of a streamed DiT stand on the host, as of `wrap`. What waits on the
+            host as a whole, or is part of an encoder, is page-locked or in ordinary memory.
+        host_budget: bytes, or text such as "40GiB": what all components together may take of the
+            host's memory; streamed DiTs share by their bytes what others leave. Default: what is to
+            be had.
 
     Returns:
         The same pipeline.
@@ -78,13 +86,15 @@ def enable(
             pipeline is as it was.
     """
     target = resolve_device(device)
+    choice = HostChoice.of(host, host_budget)
     if not isinstance(pipe, nn.Module):
-        return enable_pipeline(pipe, mode, workload, hardware, facts, target, choices)
+        return enable_pipeline(pipe, mode, workload, hardware, facts, target, choice, choices)
     _check_module(pipe, target)
     modules = {DIT_NAME: pipe}
     machine = hardware or with_own_weights(Hardware.probe(target), modules.values())
     choices = with_prefetch_found(choices, modules)
-    enabled = Enabled(modules, facts or pipe, mode, machine, choices, target)
+    machine = within(machine, choice)
+    enabled = Enabled(modules, facts or pipe, mode, machine, choices, target, choice)
     enabled.begin(workload)
     enabled.settle()
     pipe.__dict__[ALONE] = enabled
@@ -98,6 +108,7 @@ def enable_pipeline(
     hardware: Hardware | None,
     facts: ModelFacts | None,
     device: torch.device,
+    host: HostChoice,
     choices: dict[str, Any],
     unread: Mapping[str, Described] = MappingProxyType({}),
 ) -> Any:
@@ -107,9 +118,9 @@ def enable_pipeline(
     """
     _check(pipe, device)
     modules = _modules(pipe)
-    machine = hardware or with_own_weights(Hardware.probe(device), modules.values())
+    machine = within(hardware or with_own_weights(Hardware.probe(device), modules.values()), host)
     choices = with_prefetch_found(choices, modules)
-    enabled = Enabled(modules, facts or pipe, mode, machine, choices, device, unread)
+    enabled = Enabled(modules, facts or pipe, mode, machine, choices, device, host, unread)
     enabled.begin(workload)
     pipe.__dict__[hooks.ATTRIBUTE] = enabled
     ordinary: Any = type(pipe)

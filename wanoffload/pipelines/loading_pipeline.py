@@ -17,9 +17,11 @@ from torch import nn
 
 from wanoffload.errors import CheckpointError, PipelineError
 from wanoffload.facts.folder import look_at_folder
+from wanoffload.facts.look import look
 from wanoffload.facts.model import ModelFacts
 from wanoffload.facts.modules import part_of, pipeline_name
 from wanoffload.facts.parts import is_relevant, model_facts
+from wanoffload.host_tiers import AUTO, DISK, HostChoice
 from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import Described, describe
 from wanoffload.loading.files import Hub
@@ -43,6 +45,8 @@ def load_pipeline(
     hardware: Hardware | None = None,
     facts: ModelFacts | None = None,
     device: torch.device | str | int | None = None,
+    host: str = AUTO,
+    host_budget: int | str | None = None,
     torch_dtype: Dtype = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -62,9 +66,11 @@ def load_pipeline(
             for the class that the model names.
         path_or_id: a pipeline's folder, or an id of the hub, whose files are taken from
             huggingface_hub's cache and downloaded where it lacks them.
-        mode, workload, hardware, facts, device: as of `enable`. Without a workload, a transformer
-            whose treatment depends on it is streamed at first if that is what `plan` says of an
-            unknown size, and else stays on the host; the first call decides anew.
+        mode, workload, hardware, facts, device, host, host_budget: as of `enable`. With "auto",
+            where memory is short, and "disk" blocks stay in the checkpoint's own files and are
+            read from there, which must stay as they are (see `load`). Without a workload, a
+            transformer whose treatment depends on it is streamed at first if that is what `plan`
+            says of an unknown size, and else stays on the host; the first call decides anew.
         torch_dtype: as of `from_pretrained`: of all components, or `{name: dtype, "default": ...}`.
         variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
         more: choices, as of `plan`; and what the pipeline's class is constructed of, in place of
@@ -82,6 +88,7 @@ def load_pipeline(
     """
     check_mode(mode)
     target = resolve_device(device)
+    choice = HostChoice.of(host, host_budget)
     hub = Hub(revision, cache_dir, token, local_files_only)
     index = _read_index(cls, path_or_id, hub)
     kind = _class_named(cls, index)
@@ -90,9 +97,12 @@ def load_pipeline(
     source = Source(os.fspath(path_or_id), folder, kind, index, torch_dtype, variant, given)
     modules = {name: value for name, value in given.items() if isinstance(value, nn.Module)}
     machine = hardware or with_own_weights(Hardware.probe(target), modules.values())
+    machine = acting.within(machine, choice)
     choices = with_prefetch_found(choices, modules)
-    plan = acting.decide(facts or source.facts(), workload, machine, mode, choices)
-    acting.require_fit(plan, machine)
+    in_files = choice.kind in (AUTO, DISK)
+    known = facts or replace(source.facts(), blocks_in_files=in_files)
+    plan = acting.decide(known, workload, machine, mode, choices)
+    acting.require_fit(plan, machine, choice)
     unread = {
         name: source.describe(name)
         for name in source.transformers()
@@ -100,7 +110,10 @@ def load_pipeline(
     }
     pipe = source.assemble(unread)
     try:
-        return enable_pipeline(pipe, mode, workload, machine, facts, target, choices, unread)
+        known = facts or replace(look(pipe), blocks_in_files=in_files and bool(unread))
+        return enable_pipeline(
+            pipe, mode, workload, machine, known, target, choice, choices, unread
+        )
     except BaseException:
         for name, component in pipe.components.items():
             if isinstance(component, nn.Module) and name not in given:
@@ -178,7 +191,7 @@ def _folder(
     if os.path.isdir(path_or_id):
         return os.fspath(path_or_id)
     try:
-        return os.fspath(
+        return str(
             kind.download(
                 path_or_id,
                 variant=variant,
