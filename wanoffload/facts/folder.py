@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from wanoffload.errors import CheckpointError
 from wanoffload.facts.model import ComponentFacts
 from wanoffload.facts.parts import Part, Parts, is_relevant
 from wanoffload.facts.tally import BF16, FP32, image_bytes
@@ -57,14 +58,14 @@ def look_at_folder(
     without: Container[str] = (),
     itemsizes: Mapping[str, int] = MappingProxyType({}),
 ) -> Parts:
-    """Raises ValueError, which names the file, for what is missing or can't be read.
+    """Raises CheckpointError, which names the file, for what is missing or can't be read.
 
     `without`: names of components that are not looked at. `itemsizes`: by a component's name, the
     bytes of the dtype it will be loaded in.
     """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} has no model_index.json: a pipeline's folder in the hub's layout is "
             "expected, as save_pretrained or a download makes it"
         )
@@ -110,7 +111,7 @@ def _ignored(name: str, tensor: str) -> bool:
 def _weight_files(folder: Path) -> list[Path]:
     """The files that a load would read; none where no weights are there.
 
-    Raises ValueError where some shards are missing, or where it can't be told which file counts.
+    Raises CheckpointError where some shards are missing, or it can't be told which file counts.
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     plain = [file for file in indices if file.name.count(".") == 3] or indices
@@ -120,18 +121,18 @@ def _weight_files(folder: Path) -> list[Path]:
     named = [file for file in files if file.name.count(".") == 1] or files
     if len(named) > 1:
         names = ", ".join(file.name for file in named)
-        raise ValueError(f"{folder} holds {names} and no index: which of them is the model?")
+        raise CheckpointError(f"{folder} holds {names} and no index: which of them is the model?")
     return named
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict):
-        raise ValueError(f"{index} has no weight_map")
+        raise CheckpointError(f"{index} has no weight_map")
     files = [folder / name for name in sorted(set(table.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing and len(missing) < len(files):
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
     return [] if missing else files
 
 

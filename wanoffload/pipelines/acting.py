@@ -12,20 +12,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from wanoffload import hooks, host_memory
+from wanoffload import hooks
 from wanoffload.errors import DeviceMemoryError, HostMemoryError, PipelineError
 from wanoffload.host_tensor import ordinary_tensors
-from wanoffload.host_tiers import AUTO, PINNED, HostChoice
+from wanoffload.host_tiers import PINNED, HostChoice
 from wanoffload.loading.describing import Described
 from wanoffload.machine.hardware import Hardware
-from wanoffload.pipelines.components import (
-    PARKED,
-    STREAMED,
-    Component,
-    Treatment,
-    role,
-    treatment,
-)
+from wanoffload.pipelines.components import Component, Treatment, role, treatment
+from wanoffload.pipelines.host_shares import share
 from wanoffload.pipelines.tenancy import Floor
 from wanoffload.policy.choices import DIT
 from wanoffload.policy.cost import HOST_RESERVE_BYTES
@@ -161,43 +155,13 @@ class Enabled(hooks.Attached):
             try:
                 for name in changed:
                     done.append(name)
-                    self.components[name].become(wanted[name], bar, self._share(name, wanted))
+                    host = share(name, self.components, wanted, self._host)
+                    self.components[name].become(wanted[name], bar, host)
             except BaseException:
                 self._take_back(done, before, bar)
                 raise
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what left the device belongs to others now
-
-    def _share(self, name: str, wanted: Mapping[str, Treatment]) -> HostChoice:
-        """What a DiT that is to be streamed may take of the host's memory.
-
-        Of a budget, its part by bytes of what is not for the other components. Without one, of what
-        the host has now, its part of what is still to be read.
-        """
-        parts = self.components
-        own = parts[name]
-        if role(name) != DIT or wanted[name].kind != STREAMED:
-            return self._host
-        if self._host.budget is not None:
-            room = self._host.budget - self._waiting(wanted)
-            kinds = {n: _kind(wanted.get(n, part.treatment)) for n, part in parts.items()}
-            shared = [n for n in parts if role(n) == DIT and kinds[n] == STREAMED]
-        elif self._host.kind == AUTO and own.unread:
-            room = host_memory.to_be_had()
-            shared = [n for n in parts if parts[n].unread]
-        else:
-            return self._host
-        total = sum(parts[n].block_bytes for n in shared)
-        return replace(self._host, budget=max(0, room) * own.block_bytes // total)
-
-    def _waiting(self, wanted: Mapping[str, Treatment]) -> int:
-        """Bytes of all that waits on the host, DiTs that are streamed left out."""
-        return sum(
-            part.nbytes
-            for name, part in self.components.items()
-            if (kind := _kind(wanted.get(name, part.treatment))) == PARKED
-            or (kind == STREAMED and role(name) != DIT)
-        )
 
     def _bar(self, changed: list[str], wanted: dict[str, Treatment]) -> Any:
         total = sum(self.components[name].bytes_to_move(wanted[name]) for name in changed)
@@ -272,10 +236,6 @@ class Enabled(hooks.Attached):
                     f"pipe.{name} was unwrapped, or its hook was taken out, while the pipeline is "
                     "enabled; call wanoffload.disable(pipe) and enable it again"
                 )
-
-
-def _kind(treatment: Treatment | None) -> str | None:
-    return None if treatment is None else treatment.kind
 
 
 def within(hardware: Hardware, host: HostChoice) -> Hardware:

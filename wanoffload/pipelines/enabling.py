@@ -214,7 +214,7 @@ def _check(pipe: Any, device: torch.device) -> None:
         )
     for component, module in pipe.components.items():
         if isinstance(module, nn.Module):
-            _check_component(name, component, module, device)
+            check_component(name, component, module, device)
 
 
 def _check_module(module: nn.Module, device: torch.device) -> None:
@@ -222,10 +222,10 @@ def _check_module(module: nn.Module, device: torch.device) -> None:
     name = type(module).__name__
     if module.__dict__.get(ALONE) is not None:
         raise PipelineError(f"this {name} is enabled already; call wanoffload.disable() first")
-    _check_component(name, DIT_NAME, module, device)
+    check_component(name, DIT_NAME, module, device)
 
 
-def _check_component(pipeline: str, name: str, component: nn.Module, device: torch.device) -> None:
+def check_component(pipeline: str, name: str, component: nn.Module, device: torch.device) -> None:
     if installed(component) or component.__dict__.get(ALONE) is not None:
         raise PipelineError(
             f"{name} of this {pipeline} is enabled already, by itself or in another pipeline: "
