@@ -217,10 +217,12 @@ def by_height(workload: Any) -> StandIn:
 
 
 @pytest.mark.usefixtures("poisoned_homes")
-def test_another_treatment_at_a_later_call_and_back(planned, saved: Any) -> None:
+@pytest.mark.parametrize("host", ["auto", "disk"])
+def test_another_treatment_at_a_later_call_and_back(host: str, planned, saved: Any) -> None:
+    """What was on disk came into memory meanwhile, with what was changed there, and stays."""
     small, folder = PIPELINES["a14b"], saved("a14b")
     planned(by_height)
-    ours, theirs = load_it(folder), ordinary(folder)
+    ours, theirs = load_it(folder, host=host), ordinary(folder)
     enable(theirs, hardware=HERE, device="cpu")
     assert treatments(ours)["transformer_2"] == STREAMED
     for height, kind in ((64, STREAMED), (32, PARKED), (48, RESIDENT), (64, STREAMED)):
@@ -439,6 +441,32 @@ def test_a_host_too_small_for_the_blocks_reads_them_from_disk(
     assert plan_of(ours).step_seconds is None
     assert torch.equal(small.run(ours), small.run(plain))
     assert all(set(runtime.tiers) == {"disk"} for runtime in experts(ours))
+
+
+def test_what_is_read_comes_after_all_that_is_in_memory(
+    saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    become = components.Component.become
+    monkeypatch.setattr(
+        components.Component, "become", lambda self, *a: (names.append(self.name), become(self, *a))
+    )
+    kind = type(PIPELINES["i2v"].make())
+    choices = {**STREAM, "layerwise_offload_components": "all"}
+    load_it(saved("i2v"), kind, "manual", **choices)
+    assert names[-1] == "transformer"
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize("host", ["pinned", "pageable"])
+def test_steps_are_compared_with_their_prediction_where_weights_are_page_locked(
+    host: str, planned, saved: Any
+) -> None:
+    planned(StandIn(True, False, 1, [], step_seconds=0.5))
+    pipe = load_it(saved("t2v"), host=host, workload=CALL)
+    PIPELINES["t2v"].run(pipe)
+    predicted = offloader(pipe.transformer).stats().predicted_step_seconds
+    assert predicted == (0.5 if host == "pinned" else None)
 
 
 def test_a_budget_that_is_too_small_is_an_error_before_anything_is_read(
