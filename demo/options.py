@@ -31,8 +31,8 @@ class Options:
             raise ValueError("--model is empty; name a folder or a hub id, or leave it out")
         if self.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {self.steps}")
-        if self.prefetch < 0:
-            raise ValueError(f"--prefetch must be at least 0, got {self.prefetch}")
+        if self.prefetch < 1:
+            raise ValueError(f"--prefetch must be at least 1, got {self.prefetch}")
         check_geometry(self, size_step=16, frame_step=4)
 
 

@@ -60,3 +60,13 @@ def experts(figures: Figures) -> str:
         f"{expert.name} {expert.steps} steps, {int(expert.stats['fetches'])} blocks fetched"
         for expert in figures.experts
     )
+
+
+def how_loaded(figures: Figures) -> str:
+    """Where the weights of the offloaded run came from."""
+    names = " and ".join(expert.name for expert in figures.experts)
+    return (
+        f"{gigabytes(figures.total('host_bytes'))} of blocks of {names} by "
+        "wanoffload.load_pipeline, from the files straight into the host memory they are streamed "
+        "from; all else by diffusers"
+    )

@@ -60,6 +60,7 @@ def demonstrate(options: Options, sizes: Sizes) -> int:
             runs["resident"] = resident
 
     _say("", report.table(runs), "", f"experts: {report.experts(offloaded)}")
+    _say(f"loaded: {report.how_loaded(offloaded)}")
     if skipped is not None:
         _say(f"the resident run was skipped, so nothing was compared: {skipped}")
         return 0
@@ -73,7 +74,7 @@ def why_resident_does_not_fit(offloaded: Figures) -> str | None:
     """
     if offloaded.device_free_bytes is None or offloaded.device_reserved_bytes is None:
         return None
-    streamed = offloaded.total("host_bytes") - offloaded.total("slot_bytes")
+    streamed = offloaded.total("host_bytes") - offloaded.slot_bytes
     need = int((offloaded.device_reserved_bytes + streamed) * FIT_MARGIN)
     if need <= offloaded.device_free_bytes:
         return None

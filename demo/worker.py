@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import WanPipeline
 
 EXPERTS = ("transformer", "transformer_2")
+DTYPES = {"vae": torch.float32, "default": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class Expert:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run cost, in seconds and bytes. Device bytes are None on a machine without one."""
+    """What a run cost, in seconds and bytes. Device bytes are None on a machine without one.
+
+    `slot_bytes`: the most that slots took at once; they are given back when the run is over.
+    """
 
     set_up_s: float = 0.0
     generate_s: float = 0.0
@@ -60,6 +64,7 @@ class Figures:
     device_free_bytes: int | None = None
     device_allocated_bytes: int | None = None
     device_reserved_bytes: int | None = None
+    slot_bytes: int = 0
     experts: tuple[Expert, ...] = ()
     out_of_memory: str | None = None
 
@@ -80,7 +85,8 @@ def run(job: Job) -> Figures:
     started = time.perf_counter()
     pipe = _set_up(job)
     ready = time.perf_counter()
-    frames = _generate(pipe, job)
+    slots: list[int] = []
+    frames = _generate(pipe, job, slots)
     finished = time.perf_counter()
     np.save(job.frames_file, frames)
     return Figures(
@@ -90,6 +96,7 @@ def run(job: Job) -> Figures:
         device_free_bytes=free,
         device_allocated_bytes=None if free is None else torch.cuda.max_memory_allocated(),
         device_reserved_bytes=None if free is None else torch.cuda.max_memory_reserved(),
+        slot_bytes=max(slots, default=0),
         experts=_experts(pipe, job),
     )
 
@@ -99,30 +106,42 @@ def load(folder: str | Path) -> Any:
     with warnings.catch_warnings():
         # The name that replaces it is not known to the older releases, which would ignore it.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-        return WanPipeline.from_pretrained(folder, vae=vae, torch_dtype=torch.bfloat16)
+        return WanPipeline.from_pretrained(folder, torch_dtype=DTYPES)
+
+
+def load_offloaded(job: Job) -> Any:
+    """The same, enabled: the blocks of the experts are streamed, and all else is on the device."""
+    import wanoffload
+
+    return wanoffload.load_pipeline(
+        WanPipeline,
+        job.model,
+        "manual",
+        device=job.device,
+        torch_dtype=DTYPES,
+        dit_layerwise_offload=True,
+        dit_offload_prefetch_size=job.prefetch,
+    )
 
 
 def _set_up(job: Job) -> Any:
-    pipe = load(job.model)
-    if job.offloaded:
-        _offload(pipe, job)
-    pipe.to(job.device)
+    pipe = load_offloaded(job) if job.offloaded else load(job.model).to(job.device)
     pipe.set_progress_bar_config(desc="offloaded" if job.offloaded else "resident")
     return pipe
 
 
-def _offload(pipe: Any, job: Job) -> None:
-    import wanoffload
+def _generate(pipe: Any, job: Job, slots: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Frames of shape (frames, height, width, 3), from 0 to 1. The noise is drawn on the CPU.
 
-    for name in EXPERTS:
-        transformer = getattr(pipe, name)
-        if transformer is not None:
-            wanoffload.wrap(transformer, prefetch=job.prefetch, device=job.device)
+    `slots`: after each step, the bytes of the slots there are.
+    """
 
+    def look(pipe: Any, *_: Any) -> dict[str, Any]:
+        if job.offloaded:
+            experts = [e for e in (getattr(pipe, name) for name in EXPERTS) if e is not None]
+            slots.append(int(sum(_stats(expert)["slot_bytes"] for expert in experts)))
+        return {}
 
-def _generate(pipe: Any, job: Job) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Frames of shape (frames, height, width, 3), from 0 to 1. The noise is drawn on the CPU."""
     video = pipe(
         job.prompt,
         height=job.height,
@@ -131,6 +150,7 @@ def _generate(pipe: Any, job: Job) -> np.ndarray[Any, np.dtype[np.float32]]:
         num_inference_steps=job.steps,
         generator=torch.Generator("cpu").manual_seed(job.seed),
         output_type="np",
+        callback_on_step_end=look,
     )
     return np.asarray(video.frames[0], dtype=np.float32)
 

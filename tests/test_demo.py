@@ -188,7 +188,7 @@ def test_sizes_are_checked() -> None:
         (["--frames", "16"], "--frames must be 4k+1 (1, 5, 9, ...), got 16"),
         (["--frames", "-3"], "--frames must be 4k+1"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--prefetch", "-1"], "--prefetch must be at least 0, got -1"),
+        (["--prefetch", "0"], "--prefetch must be at least 1, got 0"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--model", ""], "--model is empty"),
     ],
@@ -210,10 +210,6 @@ def test_real_weights_get_a_real_size_unless_one_is_given() -> None:
     assert size(parse(["--model", "owner/model"])) == (832, 480, 17, 20)
     given = parse(["--model", "owner/model", "--size", "64x32", "--steps", "1", "--frames", "1"])
     assert size(given) == (64, 32, 1, 1)
-
-
-def test_prefetch_zero_is_a_choice() -> None:
-    assert parse(["--prefetch", "0"]).prefetch == 0
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./wan", "~/no_such_model", "wan"])
@@ -288,6 +284,7 @@ def test_offloaded_and_resident_frames_are_equal(
     assert "frames equal bit for bit: yes" in printed.out
     assert "offloaded: 100%" in printed.err
     assert "resident: 100%" in printed.err
+    assert "of blocks of transformer and transformer_2 by wanoffload.load_pipeline" in printed.out
 
     offloaded = Figures.read(tmp_path / "offloaded.json")
     assert [(expert.name, expert.steps) for expert in offloaded.experts] == [
@@ -300,6 +297,7 @@ def test_offloaded_and_resident_frames_are_equal(
         # Three blocks through two slots: every acquire needs a fetch.
         assert expert.stats["fetches"] >= expert.stats["acquires"]
         block = expert.stats["host_bytes"] / TINY.layers
+        assert offloaded.slot_bytes == pytest.approx(2 * block, abs=512)
         assert expert.stats["bytes_fetched"] >= expert.stats["acquires"] * block > 0
     resident = Figures.read(tmp_path / "resident.json")
     assert all(expert.stats == {} for expert in resident.experts)
@@ -328,7 +326,7 @@ def test_model_with_one_transformer_runs_all_steps_on_it(tiny: Path, tmp_path: P
         frames=1,
         width=32,
         height=32,
-        prefetch=0,
+        prefetch=1,
         device="cpu",
         seed=0,
         frames_file=str(tmp_path / "frames.npy"),
@@ -346,13 +344,13 @@ def figures(**changes: Any) -> Figures:
         "fetches": 24,
         "bytes_fetched": 240_000,
         "host_bytes": 40_000,
-        "slot_bytes": 3_000,
         "locked_bytes": 40_000,
     }
     whole: dict[str, Any] = {
         "device_free_bytes": 200_000,
         "device_allocated_bytes": 9_000,
         "device_reserved_bytes": 10_000,
+        "slot_bytes": 3_000,
         "experts": (Expert("transformer", 4, 8, stats),),
     }
     return Figures(**whole | changes)

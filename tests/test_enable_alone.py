@@ -11,10 +11,10 @@ import torch
 import wanoffload
 from tests.small_models import MODELS, forward
 from tests.small_pipelines import PIPELINES
-from wanoffload import Hardware, PipelineError, Plan, wrapping
+from wanoffload import Hardware, PipelineError, Plan
 from wanoffload.facts.look import look
 from wanoffload.hooks import attached
-from wanoffload.pipelines import acting
+from wanoffload.pipelines import enabling
 from wanoffload.pipelines.enabling import plan_of, with_own_weights
 from wanoffload.policy import cost
 
@@ -25,7 +25,7 @@ KINDS = ["wan22_5b", "qwen_image"]
 def on(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test on both devices; by itself enable() takes the GPU where there is one."""
     if device == "cpu":
-        monkeypatch.setattr(acting, "resolve_device", lambda _: torch.device("cpu"))
+        monkeypatch.setattr(enabling, "resolve_device", lambda _: torch.device("cpu"))
     return device
 
 
@@ -105,14 +105,10 @@ def test_a_copy_is_an_ordinary_module(on: str) -> None:
     assert torch.equal(forward(again.to(on), inputs), expected)
 
 
-def test_enabling_twice_and_on_top_of_wrap_are_errors_that_say_what_to_do(on: str) -> None:
+def test_enabling_twice_is_an_error_that_says_what_to_do(on: str) -> None:
     model, _, _ = enabled("wan22_5b", on, card("80GiB"))
     with pytest.raises(PipelineError, match=r"enabled already.*disable"):
         wanoffload.enable(model, hardware=card("80GiB"))
-    wrapped, _ = MODELS["wan22_5b"]()
-    wrapping.wrap(wrapped, device=on)
-    with pytest.raises(PipelineError, match=r"wrapped already.*unwrap"):
-        wanoffload.enable(wrapped, hardware=card("80GiB"))
     pipe = PIPELINES["t2v"].make()
     wanoffload.enable(pipe.transformer, hardware=card("80GiB"))
     with pytest.raises(PipelineError, match=r"enabled already, by itself.*disable"):

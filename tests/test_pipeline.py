@@ -102,7 +102,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decide | StandIn], Non
 def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests without the mark run on the host backend, also where there is a GPU."""
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(acting, "resolve_device", lambda _: torch.device("cpu"))
+        monkeypatch.setattr(enabling, "resolve_device", lambda _: torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -784,10 +784,10 @@ def test_what_cannot_be_enabled_is_named(planned) -> None:
     pipe = PIPELINES["t2v"].make()
     with pytest.raises(PipelineError, match=r"or a transformer, not a str"):
         enable("pipe", hardware=HERE)
-    wanoffload.wrap(pipe.transformer, device="cpu")
-    with pytest.raises(PipelineError, match=r"transformer of this WanPipeline.*unwrap"):
+    wanoffload.wrap(pipe.text_encoder.encoder, device="cpu")
+    with pytest.raises(PipelineError, match=r"text_encoder of this WanPipeline.*in part.*unwrap"):
         enable(pipe, hardware=HERE)
-    wanoffload.unwrap(pipe.transformer)
+    wanoffload.unwrap(pipe.text_encoder.encoder)
     pipe.vae.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     with pytest.raises(PipelineError, match="vae of this WanPipeline is offloaded already"):
         enable(pipe, hardware=HERE)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from wanoffload.loading.loader import load
     from wanoffload.machine.hardware import Hardware
     from wanoffload.pipelines.enabling import disable, enable
+    from wanoffload.pipelines.loading_pipeline import load_pipeline
     from wanoffload.policy.planning import Plan, plan
     from wanoffload.runtime import Offloader, Stats
     from wanoffload.workload import Workload
@@ -74,6 +75,7 @@ __all__ = [
     "disable",
     "enable",
     "load",
+    "load_pipeline",
     "offloader",
     "plan",
     "unwrap",
@@ -90,6 +92,7 @@ _MODULE_OF = {
     "disable": "pipelines.enabling",
     "enable": "pipelines.enabling",
     "load": "loading.loader",
+    "load_pipeline": "pipelines.loading_pipeline",
     "offloader": "wrapping",
     "plan": "policy.planning",
     "unwrap": "wrapping",

@@ -308,6 +308,11 @@ class Offloader(hooks.Attached):
     def paused(self) -> bool:
         return self._paused
 
+    @property
+    def prefetch(self) -> int:
+        """Blocks that are fetched ahead."""
+        return self._prefetch
+
     def pause(self) -> None:
         """Gives the device slots and the pinned ring back until the next forward. Idempotent.
 

@@ -2,17 +2,20 @@
 
 Of weights only the headers are read. Bytes are those after a load in bf16, with what the class
 keeps in fp32 (see `formulas`), whatever the checkpoint was saved in; tensors of other
-classes, and dtypes other than floating point of 2 bytes and more, count as they are stored.
+classes, and dtypes other than floating point of 2 bytes and more, count as they are stored. Or, of
+components for which it is known, those after a load in a dtype of so many bytes.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from wanoffload.errors import CheckpointError
 from wanoffload.facts.model import ComponentFacts
 from wanoffload.facts.parts import Part, Parts, is_relevant
 from wanoffload.facts.tally import BF16, FP32, image_bytes
@@ -49,19 +52,31 @@ Tensors = dict[str, int]
 """Bytes by the tensor's name."""
 
 
-def look_at_folder(folder: Path) -> Parts:
-    """Raises ValueError, which names the file, for what is missing or can't be read."""
+def look_at_folder(
+    folder: Path,
+    *,
+    without: Container[str] = (),
+    itemsizes: Mapping[str, int] = MappingProxyType({}),
+) -> Parts:
+    """Raises CheckpointError, which names the file, for what is missing or can't be read.
+
+    `without`: names of components that are not looked at. `itemsizes`: by a component's name, the
+    bytes of the dtype it will be loaded in.
+    """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        raise ValueError(
+        raise CheckpointError(
             f"{folder} has no model_index.json: a pipeline's folder in the hub's layout is "
             "expected, as save_pretrained or a download makes it"
         )
     index = read_json(index_file)
     parts = {
-        name: _part(folder / name, value[1])
+        name: _part(folder / name, value[1], itemsizes.get(name))
         for name, value in index.items()
-        if is_relevant(name) and _names_class(value) and value[1] is not None
+        if is_relevant(name)
+        and name not in without
+        and _names_class(value)
+        and value[1] is not None
     }
     settings = {name: value for name, value in index.items() if not _names_class(value)}
     return Parts(str(folder), str(index.get("_class_name", "")), settings, parts)
@@ -73,7 +88,7 @@ def _names_class(value: Any) -> bool:
     return pair and all(item is None or isinstance(item, str) for item in value)
 
 
-def _part(folder: Path, name: str) -> Part:
+def _part(folder: Path, name: str, itemsize: int | None) -> Part:
     """A scheduler has a config of its own name, and no weights."""
     own = folder / "scheduler_config.json"
     config = read_json(own if own.is_file() else folder / "config.json")
@@ -81,7 +96,7 @@ def _part(folder: Path, name: str) -> Part:
     tensors = {
         tensor: nbytes
         for file in _weight_files(folder)
-        for tensor, nbytes in _tensors(file, name)
+        for tensor, nbytes in _tensors(file, name, itemsize)
         if not _ignored(name, tensor)
     }
     return Part(config, _weights(tensors, config) if tensors else None)
@@ -96,7 +111,7 @@ def _ignored(name: str, tensor: str) -> bool:
 def _weight_files(folder: Path) -> list[Path]:
     """The files that a load would read; none where no weights are there.
 
-    Raises ValueError where some shards are missing, or where it can't be told which file counts.
+    Raises CheckpointError where some shards are missing, or it can't be told which file counts.
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     plain = [file for file in indices if file.name.count(".") == 3] or indices
@@ -106,34 +121,38 @@ def _weight_files(folder: Path) -> list[Path]:
     named = [file for file in files if file.name.count(".") == 1] or files
     if len(named) > 1:
         names = ", ".join(file.name for file in named)
-        raise ValueError(f"{folder} holds {names} and no index: which of them is the model?")
+        raise CheckpointError(f"{folder} holds {names} and no index: which of them is the model?")
     return named
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict):
-        raise ValueError(f"{index} has no weight_map")
+        raise CheckpointError(f"{index} has no weight_map")
     files = [folder / name for name in sorted(set(table.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing and len(missing) < len(files):
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
     return [] if missing else files
 
 
-def _tensors(file: Path, name: str) -> Iterator[tuple[str, int]]:
+def _tensors(file: Path, name: str, itemsize: int | None) -> Iterator[tuple[str, int]]:
     """Names and bytes as loaded, from the file's header."""
     for tensor in read_header(file).values():
-        yield tensor.name, math.prod(tensor.shape) * _itemsize(name, tensor.name, tensor.dtype)
+        loaded = _itemsize(name, tensor.name, tensor.dtype, itemsize)
+        yield tensor.name, math.prod(tensor.shape) * loaded
 
 
-def _itemsize(name: str, tensor: str, stored: str) -> int:
-    """Bytes of an element of this class's tensor, once loaded."""
-    if stored in _FLOATING and name in _ALL_FP32:
+def _itemsize(name: str, tensor: str, stored: str, itemsize: int | None) -> int:
+    """Bytes of an element of this class's tensor, once loaded; `itemsize`: in a dtype of those."""
+    if stored not in _FLOATING:
+        return _STORED.get(stored, 1)
+    if itemsize is None and name in _ALL_FP32:
         return FP32
-    if stored in _FLOATING and name in _FP32:
-        return FP32 if any(part in _FP32[name] for part in tensor.split(".")) else BF16
-    return _STORED.get(stored, 1)
+    if itemsize is None and name not in _FP32:
+        return _STORED[stored]
+    kept = any(part in _FP32.get(name, ()) for part in tensor.split("."))
+    return FP32 if kept else itemsize or BF16
 
 
 # Blocks, told by their names.

@@ -74,7 +74,8 @@ class ModelFacts:
     become one latent frame (the first alone); `pixels_per_token`: side of the square of pixels that
     becomes one token; `token_factor`: what editing multiplies tokens by. `segment_frames`: a longer
     video is made in pieces of so many frames, and a shorter one is filled up to it (0: in one);
-    `reference_frames`: latent frames that each forward has on top.
+    `reference_frames`: latent frames that each forward has on top. `blocks_in_files`: blocks of the
+    DiTs need no host memory, since they can be read from their files for each use.
     """
 
     name: str = ""
@@ -93,6 +94,7 @@ class ModelFacts:
     token_factor: float = 1.0
     segment_frames: int = 0
     reference_frames: int = 0
+    blocks_in_files: bool = False
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

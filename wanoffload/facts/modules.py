@@ -29,9 +29,9 @@ def look_at_pipeline(pipe: Any) -> Parts:
     dits = [component for name, component in present.items() if is_dit(name)]
     return Parts(
         name=str(getattr(pipe, "name_or_path", "") or type(pipe).__name__),
-        pipeline=_pipeline_name(pipe),
+        pipeline=pipeline_name(type(pipe)),
         config=_config(pipe),
-        parts={name: _part(name, component) for name, component in present.items()},
+        parts={name: part_of(name, component) for name, component in present.items()},
         # cache-dit marks the pipeline's class too, which then holds for others of that class.
         cache_dit="_context_manager" in vars(pipe) or any(_cached(dit) for dit in dits),
         sharded=any(_sharded(dit) for dit in dits),
@@ -44,7 +44,7 @@ def look_at_transformer(model: nn.Module) -> Parts:
         name=type(model).__name__,
         pipeline=_class_name(model),
         config={},
-        parts={"transformer": _part("transformer", model)},
+        parts={"transformer": part_of("transformer", model)},
         cache_dit=_cached(model),
         sharded=_sharded(model),
     )
@@ -56,9 +56,9 @@ def _class_name(thing: Any) -> str:
     return next((name for name in names if knows_dit(name)), names[0])
 
 
-def _pipeline_name(pipe: Any) -> str:
+def pipeline_name(pipeline: type[Any]) -> str:
     """The class's name; of a subclass of a pipeline whose family is known, that one's."""
-    names = [kind.__name__ for kind in type(pipe).__mro__]
+    names = [kind.__name__ for kind in pipeline.__mro__]
     return next((name for name in names if family(name) != OTHER), names[0])
 
 
@@ -70,7 +70,8 @@ def _config(thing: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else {}
 
 
-def _part(name: str, component: Any) -> Part:
+def part_of(name: str, component: Any) -> Part:
+    """A component, by its name in the pipeline."""
     config = {**_config(component), "_class_name": _class_name(component)}
     if not hasattr(component, "named_parameters"):
         return Part(config)

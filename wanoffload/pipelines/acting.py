@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +15,16 @@ from tqdm import tqdm
 from wanoffload import hooks
 from wanoffload.errors import DeviceMemoryError, HostMemoryError, PipelineError
 from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.host_tiers import PINNED, HostChoice
+from wanoffload.loading.describing import Described
 from wanoffload.machine.hardware import Hardware
 from wanoffload.pipelines.components import Component, Treatment, role, treatment
+from wanoffload.pipelines.host_shares import share
 from wanoffload.pipelines.tenancy import Floor
 from wanoffload.policy.choices import DIT
 from wanoffload.policy.cost import HOST_RESERVE_BYTES
+from wanoffload.sizes import gb
 from wanoffload.workload import Workload
-from wanoffload.wrapping import resolve_device
 
 if TYPE_CHECKING:
     from wanoffload.policy.planning import Plan
@@ -56,17 +61,22 @@ class Enabled(hooks.Attached):
         mode: str,
         hardware: Hardware,
         choices: Mapping[str, Any],
+        device: torch.device,
+        host: HostChoice,
+        unread: Mapping[str, Described] = MappingProxyType({}),
     ) -> None:
-        self.device = resolve_device(None)
+        self.device = device
         self.floor = Floor()
         self.components = {
-            name: Component(name, module, self.device, self.floor)
+            name: Component(name, module, device, self.floor, unread.get(name))
             for name, module in modules.items()
         }
+        self._unread = tuple(unread)
         self._model = model
         self._mode = mode
         self._hardware = hardware
         self._choices = dict(choices)
+        self._host = host
         self._given = False  # the workload was given, not found at a call
         self._workload: Workload | None = None
         self._undecided = True  # something waits for the first call
@@ -74,15 +84,18 @@ class Enabled(hooks.Attached):
     # Deciding.
 
     def begin(self, workload: Workload | None) -> None:
-        """Decides and acts, as far as that is possible. If it raises, nothing has changed."""
+        """Decides and acts, as far as that is possible. If it raises, nothing has changed.
+
+        Weights that are unread are read, whatever a size may change later.
+        """
         plan = self._decide(workload)
         self._model = plan.facts  # looked at once, before anything is moved
         wanted = self._treatments(plan)
-        if workload is None:
-            wanted = self._certain(wanted)
-        self._adopt(plan, workload, wanted)
+        certain = wanted if workload is not None else self._certain(wanted)
+        self._adopt(plan, workload, certain | {name: wanted[name] for name in self._unread})
         self._given = workload is not None
-        self._undecided = len(wanted) < len(self.components)
+        self._undecided = len(certain) < len(self.components)
+        self._unread = ()
 
     def settle(self) -> None:
         """Decides without a size what would wait for a pipeline's first call."""
@@ -107,7 +120,7 @@ class Enabled(hooks.Attached):
     def _adopt(self, plan: Plan, workload: Workload | None, wanted: dict[str, Treatment]) -> None:
         for message in plan.messages:
             logger.info("%s", message)
-        _require_fit(plan, self._hardware)
+        require_fit(plan, self._hardware, self._host)
         self._change(wanted)
         self.plan = plan
         self._workload = workload
@@ -115,9 +128,11 @@ class Enabled(hooks.Attached):
             self._expect(runtime)
 
     def _expect(self, runtime: Any) -> None:
-        """A prediction for this machine is compared with what is measured on it."""
+        """A prediction for this machine, and page-locked weights, is compared with what is
+        measured."""
         known = self._workload
-        if known is None or self._hardware.platform != self.device.type:
+        elsewhere = set(runtime.tiers) != {PINNED} or self._hardware.platform != self.device.type
+        if known is None or elsewhere:
             runtime.expect(None, 1)
         else:
             runtime.expect(self.plan.step_seconds, known.forwards_per_step)
@@ -132,13 +147,16 @@ class Enabled(hooks.Attached):
         self.floor.clear()
         before = {name: self.components[name].treatment for name in changed}
         # What leaves the device makes room for what comes.
-        changed.sort(key=lambda name: self.components[name].bytes_on_device(wanted[name]))
+        # What is read takes of the host's memory what others leave.
+        parts = self.components
+        changed.sort(key=lambda n: (parts[n].unread, parts[n].bytes_on_device(wanted[n])))
         with ordinary_tensors(), self._bar(changed, wanted) as bar:
             done: list[str] = []
             try:
                 for name in changed:
                     done.append(name)
-                    self.components[name].become(wanted[name], bar)
+                    host = share(name, self.components, wanted, self._host)
+                    self.components[name].become(wanted[name], bar, host)
             except BaseException:
                 self._take_back(done, before, bar)
                 raise
@@ -147,11 +165,13 @@ class Enabled(hooks.Attached):
 
     def _bar(self, changed: list[str], wanted: dict[str, Treatment]) -> Any:
         total = sum(self.components[name].bytes_to_move(wanted[name]) for name in changed)
-        return tqdm(total=total, unit="B", unit_scale=True, desc="enable", leave=False, delay=1.0)
+        title = "load" if self._unread else "enable"
+        return tqdm(total=total, unit="B", unit_scale=True, desc=title, leave=False, delay=1.0)
 
     def _take_back(self, done: list[str], before: dict[str, Treatment | None], bar: Any) -> None:
         for name in done:
-            self.components[name].release()
+            component = self.components[name]
+            component.begin_restore() if before[name] is None else component.release()
         for name in reversed(done):
             old = before[name]
             if old is None:
@@ -218,11 +238,22 @@ class Enabled(hooks.Attached):
                 )
 
 
-def _require_fit(plan: Plan, hardware: Hardware) -> None:
+def within(hardware: Hardware, host: HostChoice) -> Hardware:
+    """The machine, of whose host memory no more than the budget is to be had."""
+    if host.budget is None:
+        return hardware
+    limit = host.budget + HOST_RESERVE_BYTES
+    there = hardware.host_memory
+    return replace(hardware, host_memory=limit if there is None else min(limit, int(there)))
+
+
+def require_fit(plan: Plan, hardware: Hardware, host: HostChoice) -> None:
     """Raises the error that says which memory is too small, before anything is moved."""
     if plan.fits:
         return
     message = plan.messages[-1] if plan.messages else "nothing that is permitted fits"
+    if host.budget is not None:
+        message += f" (host_budget is {gb(host.budget)}, beside a reserve)"
     locked, there = plan.host_locked_bytes, hardware.host_memory
     if locked is not None and there is not None and locked + HOST_RESERVE_BYTES > int(there):
         raise HostMemoryError(message)

@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wanoffload import hooks, wrapping
+from wanoffload.facts.tally import image_bytes
 from wanoffload.host_tensor import HostTensor, ordinary_tensors
+from wanoffload.host_tiers import AUTO, DISK, HostChoice
+from wanoffload.loading.describing import Described
+from wanoffload.loading.stored_weights import StoredWeights
 from wanoffload.pipelines import tenancy
+from wanoffload.pipelines.adopting import Found, find_wrapped
 from wanoffload.pipelines.parking import Parked
 from wanoffload.pipelines.tenancy import ComponentHook, Floor, StreamedTenant
 from wanoffload.policy import cost
 from wanoffload.policy.choices import DIT
 from wanoffload.runtime import Offloader
-from wanoffload.units import check_wrappable
+from wanoffload.units import check_wrappable, find_units
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,8 @@ RESIDENT = "resident"
 PARKED = "parked"
 STREAMED = "streamed"
 UNTOUCHED = "untouched"
+
+ANYWHERE = HostChoice()
 
 TEXT_ENCODER, IMAGE_ENCODER, VAE = "text_encoder", "image_encoder", "vae"
 OTHER = "other"
@@ -125,17 +132,32 @@ def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 class Component:
-    """One component of an enabled pipeline: how it is run now, and where it was found."""
+    """One component of an enabled pipeline: how it is run now, and where it was found.
 
-    def __init__(self, name: str, module: nn.Module, device: torch.device, floor: Floor) -> None:
+    A DiT may be found wrapped; streamed, it keeps its runtime and its images. Or `unread`: without
+    its weights, which are then read from their files.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        device: torch.device,
+        floor: Floor,
+        unread: Described | None = None,
+    ) -> None:
         self.name = name
         self.module = module
         self.device = device
         self.floor = floor
         self.treatment: Treatment | None = None  # None: as it was found
-        self.runtime: Offloader | None = None
         self.parked: Parked | None = None
+        self.runtime: Offloader | None = None
         self._streamed: nn.Module | None = None
+        self._unread = unread
+        self._was_read = False
+        self._found: Found | None = None
+        self._find(find_wrapped(module))
         self._origins = {
             (owner, key): tensor.device
             for owner in module.modules()
@@ -144,12 +166,22 @@ class Component:
         }
 
     @property
+    def unread(self) -> bool:
+        return self._unread is not None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a DiT's blocks, as images."""
+        units = find_units(self.module)
+        return sum(image_bytes(group[0].tensor.nbytes for group in u.groups) for u in units)
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in _tensors([self.module]))
 
     def bytes_to_move(self, wanted: Treatment) -> int:
         """For the progress bar: what `become` copies."""
-        if self._only_prefetch_differs(wanted):
+        if self._is_streamed_as(wanted):
             return 0
         if wanted.kind in (PARKED, STREAMED):
             return self.nbytes
@@ -168,16 +200,28 @@ class Component:
             return False
         return self.parked is None or tenancy.installed(self.module)
 
-    def become(self, wanted: Treatment, progress: tqdm[NoReturn]) -> None:
-        """Changes the treatment. If it raises, `restore()` or another `become` is possible."""
-        if self.runtime is not None and self._only_prefetch_differs(wanted):
-            self.runtime.set_prefetch(wanted.prefetch)
-            self.treatment = wanted
-            return
-        self.release()
+    def become(
+        self, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice = ANYWHERE
+    ) -> None:
+        """Changes the treatment. If it raises, `restore()` or another `become` is possible.
+
+        `host`: where a DiT's blocks stand, if it is streamed and was not before.
+        """
         end = progress.n + self.bytes_to_move(wanted)
+        if self._unread is not None:
+            self._read(self._unread, wanted.prefetch, progress, host)
+        if self.runtime is not None and self._is_streamed_as(wanted):
+            self._keep_streaming(self.runtime, wanted.prefetch)
+        else:
+            self._let_go()
+            self._begin(wanted, progress, host)
+        self.treatment = wanted
+        progress.update(end - progress.n)
+
+    def _begin(self, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice) -> None:
+        """From an ordinary module."""
         if wanted.kind == STREAMED and role(self.name) == DIT:
-            self._stream_dit(wanted.prefetch, progress)
+            self._stream_dit(wanted.prefetch, progress, host)
         elif wanted.kind == STREAMED and (stack := find_stack(self.module)) is not None:
             self._stream_encoder(stack, wanted.prefetch, progress)
         elif wanted.kind in (PARKED, STREAMED):
@@ -186,32 +230,60 @@ class Component:
             self._park(progress)
         elif wanted.kind == RESIDENT:
             self.module.to(self.device)
-        self.treatment = wanted
-        progress.update(end - progress.n)
 
-    def _only_prefetch_differs(self, wanted: Treatment) -> bool:
-        return (
-            self.runtime is not None
-            and self.treatment is not None
-            and self.treatment.kind == wanted.kind == STREAMED
+    def _is_streamed_as(self, wanted: Treatment) -> bool:
+        """Whether nothing but the prefetch differs."""
+        return self.runtime is not None and wanted.kind == STREAMED
+
+    def _keep_streaming(self, runtime: Offloader, prefetch: int) -> None:
+        runtime.set_prefetch(prefetch)  # which also pauses it, until it is the tenant
+        if role(self.name) == DIT:
+            self._come_with_forwards(runtime)
+
+    def _read(
+        self, unread: Described, prefetch: int, progress: tqdm[NoReturn], host: HostChoice
+    ) -> None:
+        """Reads the weights from their files into the images they are streamed from."""
+        self._unread = None
+        self._was_read = True
+        self.runtime = wrapping.start(
+            self.module,
+            StoredWeights(unread, self.device),
+            prefetch,
+            self.device,
+            host=host,
+            verify=False,
+            progress=progress,
+            title="load",
         )
+        self._streamed = self.module
 
-    def _stream_dit(self, prefetch: int, progress: tqdm[NoReturn]) -> None:
-        self._stream(self.module, prefetch, wrapping.MOVE, progress)
+    def _stream_dit(self, prefetch: int, progress: tqdm[NoReturn], host: HostChoice) -> None:
+        if self._was_read and host.kind == DISK:  # what came into memory since stays there
+            host = HostChoice(AUTO, host.budget)
+        self._stream(self.module, prefetch, wrapping.MOVE, progress, host)
         assert self.runtime is not None
-        tenant = StreamedTenant(self.runtime)
-        self.runtime.before_forward = lambda: self.floor.enter(tenant)
+        self._come_with_forwards(self.runtime)
+
+    def _come_with_forwards(self, runtime: Offloader) -> None:
+        tenant = StreamedTenant(runtime)
+        runtime.before_forward = lambda: self.floor.enter(tenant)
 
     def _stream_encoder(self, stack: nn.Module, prefetch: int, progress: tqdm[NoReturn]) -> None:
         check_wrappable(self.module)
-        self._stream(stack, prefetch, wrapping.LEAVE, progress)
+        self._stream(stack, prefetch, wrapping.LEAVE, progress, ANYWHERE)
         self._park(progress)
 
     def _stream(
-        self, module: nn.Module, prefetch: int, rest: str, progress: tqdm[NoReturn]
+        self,
+        module: nn.Module,
+        prefetch: int,
+        rest: str,
+        progress: tqdm[NoReturn],
+        host: HostChoice,
     ) -> None:
         self.runtime = wrapping.stream(
-            module, prefetch, device=self.device, rest=rest, progress=progress
+            module, prefetch, device=self.device, host=host, rest=rest, progress=progress
         )
         self._streamed = module
         self.runtime.pause()  # until it is the tenant
@@ -225,7 +297,23 @@ class Component:
         tenancy.install(self.module, ComponentHook(self.floor, self.parked, self.runtime, stays))
 
     def release(self) -> None:
-        """An ordinary module again, its weights where they are. Idempotent."""
+        """An ordinary module again, its weights where they are. Idempotent.
+
+        One that was found wrapped, and was not touched, stays so.
+        """
+        if self.treatment is not None or not self._is_as_wrapped():
+            self._let_go()
+
+    def begin_restore(self) -> None:
+        """Gives memory back where `restore` does not need it as it is. It may be called first."""
+        if not self._is_as_wrapped():
+            self._let_go()
+
+    def _is_as_wrapped(self) -> bool:
+        """Whether the runtime is the one that was found."""
+        return self._found is not None and self.runtime is self._found.runtime
+
+    def _let_go(self) -> None:
         tenancy.uninstall(self.module)
         if self.parked is not None:
             self.parked.give_up()
@@ -238,14 +326,25 @@ class Component:
         self.treatment = None
 
     def restore(self) -> None:
-        """As it was found: an ordinary module, each tensor on the device where it was."""
-        self.release()
+        """As it was found: each tensor on the device where it was, and wrapped if it was.
+
+        One that was unread when it was found is not: its weights stay on the host.
+        """
+        self.begin_restore()
         with ordinary_tensors():
             for (owner, key), device in self._origins.items():
                 entries = owner._parameters if key in owner._parameters else owner._buffers
                 tensor = entries.get(key)
-                if tensor is not None and tensor.device != device:
+                if tensor is not None and device.type != "meta" and tensor.device != device:
                     tensor.data = tensor.data.to(device)
+            if self._found is not None:
+                self._find(self._found.give_back())
+        self.treatment = None
+
+    def _find(self, found: Found | None) -> None:
+        self._found = found
+        self.runtime = found.runtime if found else None
+        self._streamed = self.module if found else None
 
     def to_host(self) -> None:
         """An ordinary module on the CPU; one that was never touched stays where it is."""

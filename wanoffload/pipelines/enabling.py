@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from wanoffload import hooks, host_memory
 from wanoffload.errors import PipelineError
 from wanoffload.facts.model import ModelFacts
+from wanoffload.host_tiers import AUTO, HostChoice
+from wanoffload.loading.describing import Described
 from wanoffload.machine.hardware import Hardware
-from wanoffload.pipelines.acting import Enabled
+from wanoffload.pipelines.acting import Enabled, within
+from wanoffload.pipelines.adopting import blocks_ahead, find_wrapped, why_not
+from wanoffload.pipelines.components import role
 from wanoffload.pipelines.enabled_class import enabled_class, ordinary_class, state
 from wanoffload.pipelines.tenancy import installed
+from wanoffload.policy.choices import DIT
 from wanoffload.units import foreign_hook
 from wanoffload.workload import Workload
+from wanoffload.wrapping import resolve_device
 
 if TYPE_CHECKING:
     from wanoffload.policy.planning import Plan
+
+logger = logging.getLogger(__name__)
 
 DIT_NAME = "transformer"
 ALONE = "_wanoffload_enabled"
@@ -33,24 +44,36 @@ def enable(
     workload: Workload | None = None,
     hardware: Hardware | None = None,
     facts: ModelFacts | None = None,
+    device: torch.device | str | int | None = None,
+    host: str = AUTO,
+    host_budget: int | str | None = None,
     **choices: Any,
 ) -> Any:
     """Plans how each component of a pipeline is run on this machine, and acts on it. In place.
 
     Afterwards `pipe(...)` just runs: components come to the device and go by themselves, and no
-    `.to("cuda")` is needed, nor allowed. They run on the current CUDA device; on a machine without
-    one, on the CPU, by the same engine.
+    `.to("cuda")` is needed, nor allowed.
 
     Args:
         pipe: a diffusers pipeline: Wan's, or another whose `transformer` is a diffusers one. Or a
             transformer alone: it is then decided at once, and one that is run as a whole comes to
-            the device with its first forward and stays until `disable`.
+            the device with its first forward and stays until `disable`. A transformer that is
+            wrapped already keeps its images, where they are, and `verify` where the plan streams
+            it, and its prefetch, as if `dit_offload_prefetch_size` had been chosen (of two that
+            differ, the larger; 0 becomes 1); where the plan does not stream it, it is unwrapped.
         mode, choices: as for `wanoffload.plan`.
         workload: what will be generated. If it is not given, what depends on it is decided at the
             first call of the pipeline, and again at a call of another size; only components whose
             treatment differs are then moved.
         hardware: the machine. Default: measured, `Hardware.probe()`.
         facts: of the model. Default: what is found by looking at the pipeline.
+        device: where it computes. Default: the current CUDA device, else the CPU, where the same
+            engine runs on threads.
+        host: where the blocks of a streamed DiT stand on the host, as of `wrap`. What waits on the
+            host as a whole, or is part of an encoder, is page-locked or in ordinary memory.
+        host_budget: bytes, or text such as "40GiB": what all components together may take of the
+            host's memory; streamed DiTs share by their bytes what others leave. Default: what is to
+            be had.
 
     Returns:
         The same pipeline.
@@ -62,22 +85,46 @@ def enable(
         torch.OutOfMemoryError: the device's memory ended on the way. Whatever is raised, the
             pipeline is as it was.
     """
-    alone = isinstance(pipe, nn.Module)
-    if alone:
-        _check_module(pipe)
-    else:
-        _check(pipe)
-    modules = {DIT_NAME: pipe} if alone else _modules(pipe)
-    machine = hardware or with_own_weights(Hardware.probe(), modules.values())
-    enabled = Enabled(modules, facts or pipe, mode, machine, choices)
+    target = resolve_device(device)
+    choice = HostChoice.of(host, host_budget)
+    if not isinstance(pipe, nn.Module):
+        return enable_pipeline(pipe, mode, workload, hardware, facts, target, choice, choices)
+    _check_module(pipe, target)
+    modules = {DIT_NAME: pipe}
+    machine = hardware or with_own_weights(Hardware.probe(target), modules.values())
+    choices = with_prefetch_found(choices, modules)
+    machine = within(machine, choice)
+    enabled = Enabled(modules, facts or pipe, mode, machine, choices, target, choice)
     enabled.begin(workload)
-    if alone:
-        enabled.settle()
-        pipe.__dict__[ALONE] = enabled
-    else:
-        pipe.__dict__[hooks.ATTRIBUTE] = enabled
-        ordinary: Any = type(pipe)
-        object.__setattr__(pipe, "__class__", enabled_class(ordinary))
+    enabled.settle()
+    pipe.__dict__[ALONE] = enabled
+    return pipe
+
+
+def enable_pipeline(
+    pipe: Any,
+    mode: str,
+    workload: Workload | None,
+    hardware: Hardware | None,
+    facts: ModelFacts | None,
+    device: torch.device,
+    host: HostChoice,
+    choices: dict[str, Any],
+    unread: Mapping[str, Described] = MappingProxyType({}),
+) -> Any:
+    """What `enable` does with a pipeline. Internal.
+
+    `unread`: components of which only the description is there. Their weights are read.
+    """
+    _check(pipe, device)
+    modules = _modules(pipe)
+    machine = within(hardware or with_own_weights(Hardware.probe(device), modules.values()), host)
+    choices = with_prefetch_found(choices, modules)
+    enabled = Enabled(modules, facts or pipe, mode, machine, choices, device, host, unread)
+    enabled.begin(workload)
+    pipe.__dict__[hooks.ATTRIBUTE] = enabled
+    ordinary: Any = type(pipe)
+    object.__setattr__(pipe, "__class__", enabled_class(ordinary))
     return pipe
 
 
@@ -106,6 +153,9 @@ def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardwar
 
     Weights that are mapped from a file give no host memory back when they move.
     """
+    modules = list(modules)
+    wrapped = [known.runtime for known in map(find_wrapped, modules) if known is not None]
+    slots = sum(runtime.slots.nbytes for runtime in wrapped if runtime.device.type == "cuda")
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values()
     kept = host_memory.bytes_not_given_back(tensors)
     on_device = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
@@ -113,9 +163,21 @@ def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardwar
     device, host = machine.device_memory, machine.host_memory
     return replace(
         machine,
-        device_memory=None if device is None else int(device) + on_device,
+        device_memory=None if device is None else int(device) + on_device + slots,
         host_memory=None if host is None else int(host) + on_host,
     )
+
+
+def with_prefetch_found(
+    choices: dict[str, Any], modules: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """The prefetch that transformers were wrapped with counts as chosen, unless one is chosen."""
+    name = "dit_offload_prefetch_size"
+    ahead = blocks_ahead(module for key, module in modules.items() if role(key) == DIT)
+    if ahead is None or choices.get(name) is not None:
+        return choices
+    logger.info("%s is %d: transformers were wrapped so", name, max(ahead, 1))
+    return {**choices, name: max(ahead, 1)}
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:
@@ -134,7 +196,7 @@ def _enabled(pipe: Any) -> Enabled:
     return enabled
 
 
-def _check(pipe: Any) -> None:
+def _check(pipe: Any, device: torch.device) -> None:
     """Raises PipelineError for what can't be enabled. Looks only."""
     from diffusers import DiffusionPipeline
 
@@ -152,18 +214,18 @@ def _check(pipe: Any) -> None:
         )
     for component, module in pipe.components.items():
         if isinstance(module, nn.Module):
-            _check_component(name, component, module)
+            check_component(name, component, module, device)
 
 
-def _check_module(module: nn.Module) -> None:
+def _check_module(module: nn.Module, device: torch.device) -> None:
     """The same for a transformer alone."""
     name = type(module).__name__
     if module.__dict__.get(ALONE) is not None:
         raise PipelineError(f"this {name} is enabled already; call wanoffload.disable() first")
-    _check_component(name, "the root", module)
+    check_component(name, DIT_NAME, module, device)
 
 
-def _check_component(pipeline: str, name: str, component: nn.Module) -> None:
+def check_component(pipeline: str, name: str, component: nn.Module, device: torch.device) -> None:
     if installed(component) or component.__dict__.get(ALONE) is not None:
         raise PipelineError(
             f"{name} of this {pipeline} is enabled already, by itself or in another pipeline: "
@@ -175,8 +237,8 @@ def _check_component(pipeline: str, name: str, component: nn.Module) -> None:
                 f"{name} of this {pipeline} is offloaded already: it has {hook}. Load the pipeline "
                 "without it, or take it out (pipe.remove_all_hooks() takes out accelerate's)."
             )
-        if hooks.attached(module) is not None:
-            raise PipelineError(
-                f"{name} of this {pipeline} is wrapped already; call wanoffload.unwrap() on it "
-                "first, and enable() decides how it is run"
-            )
+    if (reason := why_not(component, device, is_dit=role(name) == DIT)) is not None:
+        raise PipelineError(
+            f"{name} of this {pipeline} {reason}; call wanoffload.unwrap() on it first, and "
+            "enable() decides how it is run"
+        )

@@ -29,6 +29,8 @@ class Problem:
     mode: str
     choices: Choices
     decision: Decision
+    from_disk: bool = False
+    """Streamed blocks count as read from disk for each use, which takes a time that is not known"""
 
     @property
     def limits(self) -> Hardware:
@@ -75,6 +77,8 @@ def consider(problem: Problem) -> list[Considered]:
     for placement in permitted(problem):
         around = around_of(problem.decision, placement)
         candidate = cost.predict(facts, placement, around, problem.workload, machine)
+        if problem.from_disk and placement.kind == STREAM:
+            candidate = cost.from_disk(candidate, facts)
         if not timed:  # a CPU is no H200
             candidate = replace(candidate, step_seconds=None)
         found.append(Considered(candidate, obstacle(problem, candidate)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from wanoffload.facts.model import ComponentFacts, DitFacts, ModelFacts
+from wanoffload.host_tiers import READ_AHEAD_BYTES
 from wanoffload.machine.hardware import RATES, Hardware
 from wanoffload.workload import Workload
 
@@ -267,6 +268,14 @@ def _locked(facts: ModelFacts, placement: Placement, around: Around) -> int:
     for _, component, how in _auxiliary(facts, around):
         total += component.bytes if how != RESIDENT else 0
     return total
+
+
+def from_disk(candidate: Candidate, facts: ModelFacts) -> Candidate:
+    """A streamed candidate whose blocks are read from disk for each use, as few on the host as
+    can be. How long that takes is not predicted."""
+    blocks = sum(sum(dit.block_bytes) for dit in facts.dits)
+    locked = candidate.host_locked_bytes - blocks + min(blocks, READ_AHEAD_BYTES)
+    return replace(candidate, step_seconds=None, host_locked_bytes=locked)
 
 
 # Time.

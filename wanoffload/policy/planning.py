@@ -8,7 +8,7 @@ and 3, never a choice. `wanoffload.enable` acts on a plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +21,8 @@ from wanoffload.policy.compare import EQUAL, Considered, Problem, seconds
 from wanoffload.policy.cost import STREAM, WHOLE, Candidate
 from wanoffload.sizes import gb
 from wanoffload.workload import Workload
+
+FROM_DISK = "host memory is short: blocks of the DiT are read from disk for each use"
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,12 @@ def plan(
     problem = Problem(facts, workload, hardware, mode, made, decision)
     considered = compare.consider(problem)
     taken = compare.choose(problem, considered)
+    if taken is None and facts.blocks_in_files:
+        problem = replace(problem, from_disk=True)
+        considered = compare.consider(problem)
+        taken = compare.choose(problem, considered)
+        if taken is not None and taken.placement.kind == STREAM:
+            decision.messages.append(FROM_DISK)
     _say_assumed(problem, considered[0].candidate)
     if taken is None:
         taken = considered[0].candidate
