@@ -34,7 +34,6 @@ from benchmarks.contenders import (
 from benchmarks.harness import ROOT, Session, peer_fingerprint, say
 from benchmarks.models import (
     MODELS,
-    Inputs,
     ModelSpec,
     Size,
     build,

@@ -47,7 +47,7 @@ def add_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--tiers",
         type=lambda text: text.split(","),
-        help=f"only these of the part tiers: {','.join(tiers.TIERS)}",
+        help=f"only these of the part tiers: {','.join(tiers.TIERS)}; pinned goes with pageable",
     )
 
 
@@ -68,12 +68,14 @@ def run(session: Session) -> None:
 def _run_part(bench: LoadingBench, part: str, fingerprint: str) -> None:
     """All rows of a part, each stored as it is measured."""
     session = bench.session
-    whole = {"model": bench.spec.name, "part": part}
+    base = {"model": bench.spec.name, "part": part}
+    only = session.options.tiers if part == "tiers" else None
+    whole = {**base, **({"tiers": ",".join(only)} if only else {})}
     if not session.missing(NAME, whole, fingerprint):
         return
     verified = True
     for key, values in PARTS[part](bench):
-        row = session.record(NAME, {**whole, **key}, fingerprint, values)
+        row = session.record(NAME, {**base, **key}, fingerprint, values)
         verified &= row.verified
         for claim in values["claims"]:
             say(f"{part} {brief(key)}: {Claim(**claim)}")

@@ -30,7 +30,7 @@ def cold(bench: LoadingBench) -> Found:
     yield (
         {"what": "load"},
         {
-            "verified": bench.is_expected(bench.sizes[0], [step["digest"]]) and cached <= COLD,
+            "verified": bench.is_expected(bench.sizes[0], [step]) and cached <= COLD,
             "cached": cached,
             "cached_after": left,
             "load_s": loaded["load_s"],

@@ -25,7 +25,7 @@ class Fresh:
     load: dict[str, Any]
     memory: dict[str, int]
     first_step_s: float  # since before the process was started
-    digest: str
+    step: dict[str, Any]
 
 
 @cache
@@ -44,7 +44,7 @@ def fresh(bench: LoadingBench, name: str, number: int) -> Fresh:
             load=loaded,
             memory=worker.ask("memory"),
             first_step_s=took,
-            digest=step["digest"],
+            step=step,
         )
 
 
@@ -58,7 +58,7 @@ def _runs(bench: LoadingBench) -> tuple[list[Fresh], Fresh | None]:
 def _common(bench: LoadingBench, ours: list[Fresh], peer: Fresh | None) -> dict[str, Any]:
     everyone = [*ours, *([peer] if peer else [])]
     return {
-        "verified": bench.is_expected(bench.sizes[0], [run.digest for run in everyone])
+        "verified": bench.is_expected(bench.sizes[0], [run.step for run in everyone])
         and all(run.cached >= WARM for run in everyone),
         "cached": min(run.cached for run in everyone),
         "import_s": ours[-1].import_s,

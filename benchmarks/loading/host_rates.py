@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import Spread
-from benchmarks.timing import each_timed
 from benchmarks.loading.reading import READ_BYTES, Piece, Reader, pieces_of
+from benchmarks.timing import each_timed
 
 if TYPE_CHECKING:
     from wanoffload import _C

@@ -93,9 +93,9 @@ class Remote:
         self.tell(command, **arguments)
         return self.answer()
 
-    def prepare(self) -> None:
-        """Has it import its libraries and make the device's context."""
-        found = self.ask("prepare")
+    def take_moments(self) -> None:
+        """Takes the answer to "prepare"."""
+        found = self.answer()
         self.imported, self.ready = found["imported"], found["ready"]
 
     def _gone(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from contextlib import ExitStack
 from typing import Any
 
 from benchmarks.engine import Found
@@ -26,8 +25,7 @@ def share(bench: LoadingBench) -> Found:
     """
     bench.warm_up()
     name = f"bench-{os.getpid()}"
-    with ExitStack() as stack:
-        workers = [stack.enter_context(bench.worker(bench.ours())) for _ in range(PROCESSES)]
+    with bench.workers(bench.ours(), PROCESSES) as workers:
         empty = [worker.ask("memory") for worker in workers]
         loads = [bench.load(workers[0], share=name)]
         alone = _together(bench, workers[:1])
@@ -42,9 +40,7 @@ def share(bench: LoadingBench) -> Found:
     yield (
         {"what": f"{PROCESSES} processes"},
         {
-            "verified": bench.is_expected(
-                bench.sizes[0], [r["digest"] for r in [*alone, *together]]
-            ),
+            "verified": bench.is_expected(bench.sizes[0], [*alone, *together]),
             "load_s": [each["load_s"] for each in loads],
             "gbps_alone": rate_alone,
             "gbps_together": rates,

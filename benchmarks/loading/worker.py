@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from benchmarks import machine
-from benchmarks.contenders import RESIDENT, Wanoffload, by_name
+from benchmarks.contenders import RESIDENT, Counters, Wanoffload, by_name
 from benchmarks.engine import backend_for
 from benchmarks.loading import cgroup, host_rates
 from benchmarks.memory import digest_of
-from benchmarks.models import MODELS, ModelSpec, Size, forward, make_inputs
+from benchmarks.models import MODELS, ModelSpec, Size, forward, make_inputs, model_bytes
 from benchmarks.timing import Clock
 
 COMMANDS = ("prepare", "host_rates", "load", "forwards", "memory", "group")
@@ -35,6 +35,7 @@ class Worker:
     def __init__(self, name: str, spec: ModelSpec, device: torch.device) -> None:
         self._contender = None if name == RESIDENT else by_name(name)
         self._spec = spec
+        self._weights = model_bytes(spec)
         self._device = device
         self._clock = Clock(device)
         self._models: dict[str, nn.Module] = {}
@@ -118,6 +119,7 @@ class Worker:
         inputs = make_inputs(self._spec, size, self._device)
         texts = list(inputs.texts)
         outputs: dict[str, torch.Tensor] = {}
+        before = self._counts(model)
         self._clock.synchronize()
         time.sleep(max(0.0, at - time.monotonic()) if at else 0.0)
         marks: list[Any] = []
@@ -137,7 +139,23 @@ class Worker:
             "ended": ended,
             "digest": digest_of([outputs[text] for text in texts]),
             "finite": all(bool(output.isfinite().all()) for output in outputs.values()),
+            "fetches_right": self._fetched(before, self._counts(model), warm + len(marks) - 1),
         }
+
+    def _counts(self, model: nn.Module) -> Counters | None:
+        return self._contender.counters(model) if self._contender else None
+
+    def _fetched(self, before: Counters | None, after: Counters | None, forwards: int) -> bool:
+        """Whether every block was acquired, and its bytes came, in each of these forwards.
+
+        Up to as much as the slots hold was there before.
+        """
+        if before is None or after is None:
+            return True
+        acquired = after.acquires - before.acquires
+        fetched = after.bytes_fetched - before.bytes_fetched
+        least = forwards * self._weights.blocks - after.slot_bytes
+        return acquired == forwards * self._weights.block_count and fetched >= least
 
     def memory(self) -> dict[str, int]:
         """Host memory of this process now, and what the offloaders say; bytes."""
