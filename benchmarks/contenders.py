@@ -21,7 +21,7 @@ from benchmarks.timing import Clock
 
 RESIDENT = "resident"
 OURS = "wanoffload"
-OURS_BY_TIER = (f"{OURS}-pN", f"{OURS}-pageable-pN", f"{OURS}-disk-pN")
+OURS_BY_TIER = (f"{OURS}-pN", f"{OURS}-pageable-pN")  # disk: only in the case loading
 DIFFUSERS_LEVELS: dict[str, dict[str, Any]] = {
     "diffusers-block-stream": {"offload_type": "block_level", "num_blocks_per_group": 1},
     "diffusers-leaf-stream": {"offload_type": "leaf_level"},

@@ -14,7 +14,7 @@ WARM_THREADS = 16
 
 
 def cached_bytes(files: Iterable[Path]) -> int:
-    """Bytes of these files that the page cache holds, to the page."""
+    """Bytes of these files that the page cache holds, in whole pages."""
     return sum(map(_cached_bytes, files))
 
 
@@ -24,7 +24,7 @@ def _cached_bytes(file: Path) -> int:
         return 0
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        return _resident_pages(descriptor, nbytes) * mmap.PAGESIZE
+        return min(nbytes, _resident_pages(descriptor, nbytes) * mmap.PAGESIZE)
     finally:
         os.close(descriptor)
 
