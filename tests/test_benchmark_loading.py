@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,11 +19,14 @@ pytest.importorskip("diffusers")
 from diffusers import WanTransformer3DModel
 
 from benchmarks import __main__ as command
-from benchmarks import loading, machine, models
+from benchmarks import contenders, loading, machine, models
 from benchmarks.harness import ResultStore, Row, peer_fingerprint
 from benchmarks.loading import cgroup, checkpoint, page_cache, reading, tiers
 from benchmarks.loading.claims import AT_LEAST, AT_MOST, Claim
 from benchmarks.loading.remote import Remote, WorkerError
+from benchmarks.loading.worker import Worker
+
+pytestmark = pytest.mark.timeout(600)  # many processes, each of which imports everything
 
 CPU = torch.device("cpu")
 TINY = models.MODELS["tiny"]
@@ -39,10 +43,20 @@ def bench(results: Path, *arguments: str) -> int:
     return command.main(["loading", *arguments, *where, *small])
 
 
+def skip_without_disk(folder: Path) -> None:
+    """Skips where files stand in memory for good, so that the page cache can't forget them."""
+    device = folder.stat().st_dev
+    number = f" {os.major(device)}:{os.minor(device)} "
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    if any(number in mount and " - tmpfs " in mount for mount in mounts):
+        pytest.skip(f"{folder} is on a tmpfs")
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows of all parts, measured once."""
     path = tmp_path_factory.mktemp("loading") / "results.jsonl"
+    skip_without_disk(path.parent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         assert bench(path) == 0
@@ -152,6 +166,30 @@ def test_a_part_or_tier_that_is_not_there_is_refused(
     assert "no tier is called tape; there are " in capsys.readouterr().err
 
 
+def test_blocks_that_were_not_fetched_are_noticed_though_outputs_are_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ensure(tmp_path)
+    worker = Worker("wanoffload-p1", TINY, CPU)
+    worker.load(made.folder, made.subfolder)
+    right = worker.forwards(TINY.sizes[0], count=2)
+    counted = worker._models[made.subfolder]
+    dead = contenders.Wanoffload(1).counters(counted)
+    monkeypatch.setattr(contenders.Wanoffload, "counters", lambda *_: dead)
+    wrong = worker.forwards(TINY.sizes[0], count=2)
+    assert right["digest"] == wrong["digest"]
+    assert (right["fetches_right"], wrong["fetches_right"]) == (True, False)
+
+
+def test_forwards_end_within_their_budget_but_one_is_measured(tmp_path: Path) -> None:
+    made = ensure(tmp_path)
+    worker = Worker("wanoffload-p1", TINY, CPU)
+    worker.load(made.folder, made.subfolder)
+    size = TINY.sizes[0]
+    assert len(worker.forwards(size, count=3, warm=1, budget_s=0.0)["forward_ms"]) == 1
+    assert len(worker.forwards(size, count=3, warm=1)["forward_ms"]) == 3
+
+
 # The checkpoint.
 
 
@@ -194,12 +232,12 @@ def test_the_second_expert_takes_no_disk(tmp_path: Path) -> None:
 
 
 def test_the_page_cache_forgets_files_and_reads_them_in(tmp_path: Path) -> None:
+    skip_without_disk(tmp_path)
     files = [tmp_path / "a", tmp_path / "b"]
     for file in files:
         file.write_bytes(bytes(1 << 20))
     page_cache.drop(files)
-    if page_cache.cached_bytes(files):
-        pytest.skip("files here stay in memory")
+    assert page_cache.cached_bytes(files) == 0
     page_cache.warm(files)
     assert page_cache.cached_bytes(files) == 2 << 20
     page_cache.drop(files[:1])
@@ -212,6 +250,7 @@ def test_each_piece_is_read_once_to_its_place(tmp_path: Path, threads: int, dire
     file = tmp_path / "file"
     file.write_bytes(bytes(range(256)) * 16 * 5 + b"end")  # five pages and three bytes
     pieces = reading.pieces_of([file], 8192, whole_pages=direct)
+    assert [piece.nbytes for piece in pieces] == [8192, 8192, 4096 if direct else 4099]
     places = reading.own_buffers(len(pieces), 8192)
     seen: list[reading.Piece] = []
 
