@@ -23,7 +23,7 @@ from benchmarks.contenders import RESIDENT, Counters, Wanoffload, by_name
 from benchmarks.engine import backend_for
 from benchmarks.loading import cgroup, host_rates
 from benchmarks.memory import digest_of
-from benchmarks.models import MODELS, ModelSpec, Size, forward, make_inputs, model_bytes
+from benchmarks.models import MODELS, Inputs, ModelSpec, Size, forward, make_inputs, model_bytes
 from benchmarks.timing import Clock
 
 COMMANDS = ("prepare", "host_rates", "load", "forwards", "memory", "group")
@@ -117,30 +117,39 @@ class Worker:
         """
         model = self._models[subfolder]
         inputs = make_inputs(self._spec, size, self._device)
-        texts = list(inputs.texts)
-        outputs: dict[str, torch.Tensor] = {}
         before = self._counts(model)
         self._clock.synchronize()
         time.sleep(max(0.0, at - time.monotonic()) if at else 0.0)
-        marks: list[Any] = []
-        began = time.monotonic()
-        for number in itertools.count():
-            if number >= warm:
-                marks.append(self._clock.mark())
-            spent = time.monotonic() - began
-            if len(marks) > count or (len(marks) > 1 and spent * (number + 1) / number > budget_s):
-                break
-            text = texts[number % len(texts)]
-            outputs[text] = forward(model, inputs, text)
+        marks, outputs = self._run(model, inputs, warm, count, budget_s)
         self._clock.synchronize()
         ended = time.monotonic()
         return {
             "forward_ms": self._clock.between_ms(marks),
             "ended": ended,
-            "digest": digest_of([outputs[text] for text in texts]),
-            "finite": all(bool(output.isfinite().all()) for output in outputs.values()),
+            "digest": digest_of(outputs),
+            "finite": all(bool(output.isfinite().all()) for output in outputs),
             "fetches_right": self._fetched(before, self._counts(model), warm + len(marks) - 1),
         }
+
+    def _run(
+        self, model: nn.Module, inputs: Inputs, warm: int, count: int, budget_s: float
+    ) -> tuple[list[Any], list[torch.Tensor]]:
+        """Marks around the measured forwards, and the last output of each text.
+
+        The host's time is what the budget is compared with: where it runs far ahead of the device,
+        forwards are short, and ``count`` ends them.
+        """
+        marks: list[Any] = []
+        outputs: dict[str, torch.Tensor] = {}
+        began = time.monotonic()
+        for number, text in enumerate(itertools.cycle(inputs.texts)):
+            if number >= warm:
+                marks.append(self._clock.mark())
+            with_next = (time.monotonic() - began) * (number + 1) / max(1, number)
+            if len(marks) > count or (len(marks) > 1 and with_next > budget_s):
+                break
+            outputs[text] = forward(model, inputs, text)
+        return marks, [outputs[text] for text in inputs.texts]
 
     def _counts(self, model: nn.Module) -> Counters | None:
         return self._contender.counters(model) if self._contender else None
