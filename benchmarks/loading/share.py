@@ -21,18 +21,19 @@ def share(bench: LoadingBench) -> Found:
     """Memory of one and of four, and the rate of one alone and of each while all stream.
 
     Memory is counted by Pss, in which a page that n processes map counts 1/n in each, above what
-    each process had before it loaded.
+    each process had before it loaded, and before forwards load the device's libraries.
     """
     bench.warm_up()
     name = f"bench-{os.getpid()}"
     with bench.workers(bench.ours(), PROCESSES) as workers:
         empty = [worker.ask("memory") for worker in workers]
         loads = [bench.load(workers[0], share=name)]
-        alone = _together(bench, workers[:1])
         one = workers[0].ask("memory")
         loads += [bench.load(worker, share=name) for worker in workers[1:]]
-        together = _together(bench, workers)
         all_of_them = [worker.ask("memory") for worker in workers]
+        alone = _together(bench, workers[:1])
+        together = _together(bench, workers)
+        running = [worker.ask("memory") for worker in workers]
     took_one = one["pss"] - empty[0]["pss"]
     took_all = sum(m["pss"] for m in all_of_them) - sum(m["pss"] for m in empty)
     rate_alone, rates = _gbps(bench, alone[0]), [_gbps(bench, run) for run in together]
@@ -46,6 +47,7 @@ def share(bench: LoadingBench) -> Found:
             "gbps_together": rates,
             "host_used_by_one": one["host_used"] - empty[0]["host_used"],
             "host_used_by_all": all_of_them[-1]["host_used"] - empty[-1]["host_used"],
+            "pss_running": [each["pss"] for each in running],
             "locked_each": [each["locked_bytes"] for each in all_of_them],
             "claims": as_json(
                 [
