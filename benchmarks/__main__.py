@@ -9,15 +9,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from benchmarks import limited, machine, memory, micro, predict, steps, tables, wrapping
-from benchmarks.contenders import DIFFUSERS_LEVELS, OURS, RESIDENT
+from benchmarks import limited, loading, machine, memory, micro, predict, steps, tables, wrapping
+from benchmarks.contenders import DIFFUSERS_LEVELS, OURS_BY_TIER, RESIDENT
 from benchmarks.harness import ROOT, ResultStore, Session, say
 from benchmarks.models import MODELS
 
-CASES = {case.NAME: case for case in (steps, memory, wrapping, micro, predict, limited)}
+CASES = {case.NAME: case for case in (steps, memory, wrapping, micro, predict, limited, loading)}
 TABLE = "table"
 
 
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--frames", type=int, nargs="+", help="only the sizes with these frames")
     made.add_argument("--contenders", type=_names, help="names with commas between; see --list")
+    made.add_argument("--parts", type=_names, help="only these parts of the cases that have some")
     for case in CASES.values():
         case.add_options(made)
     return made
@@ -56,18 +58,25 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _parts_of(case: ModuleType | None) -> list[str]:
+    """The names of a case's parts; most cases have none."""
+    return list(getattr(case, "PARTS", ()))
+
+
 def print_list() -> None:
     """What can be measured."""
     print("cases:")
     for case in CASES.values():
         print(f"  {case.NAME:10} {case.HELP}")
+        if parts := _parts_of(case):
+            print(f"  {'':10} parts: {', '.join(parts)}")
     print(f"  {TABLE:10} prints what --results holds, as markdown")
     print("models and sizes:")
     for spec in MODELS.values():
         slow = [f"{size} (only by --sizes)" for size in spec.slow_sizes]
         print(f"  {spec.name:10} {', '.join([*map(str, spec.sizes), *slow])}")
     print("contenders:")
-    for name in (RESIDENT, f"{OURS}-pN", f"{OURS}-pageable-pN", *DIFFUSERS_LEVELS):
+    for name in (RESIDENT, *OURS_BY_TIER, *DIFFUSERS_LEVELS):
         print(f"  {name}")
 
 
@@ -81,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in options.cases if name not in (*CASES, TABLE)]
     if unknown or not options.cases:
         made.error(f"{', '.join(unknown)}: no such case; see --list" if unknown else "see --list")
+    parts = {part for name in options.cases for part in _parts_of(CASES.get(name))}
+    if no_parts := [part for part in options.parts or () if part not in parts]:
+        made.error(f"{', '.join(no_parts)}: no such part of these cases; see --list")
     default = ROOT / "benchmarks" / "results" / f"{machine.slug(options.device)}.jsonl"
     store = ResultStore(options.results or default)
     session = Session(store, options, options.device, machine.describe(options.device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from benchmarks.timing import Clock
 
 RESIDENT = "resident"
 OURS = "wanoffload"
+OURS_BY_TIER = (f"{OURS}-pN", f"{OURS}-pageable-pN")  # disk: only in the case loading
 DIFFUSERS_LEVELS: dict[str, dict[str, Any]] = {
     "diffusers-block-stream": {"offload_type": "block_level", "num_blocks_per_group": 1},
     "diffusers-leaf-stream": {"offload_type": "leaf_level"},
@@ -66,7 +68,10 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Wanoffload:
-    """This project: blocks streamed from page-locked memory, ``prefetch`` blocks ahead."""
+    """This project: blocks streamed from the host, ``prefetch`` blocks ahead.
+
+    ``host`` is the tier: page-locked or ordinary memory, or the checkpoint on disk.
+    """
 
     prefetch: int
     host: str = "pinned"
@@ -87,6 +92,28 @@ class Wanoffload:
         import wanoffload
 
         wanoffload.wrap(model, prefetch=self.prefetch, device=device, host=self.host)
+
+    def load(
+        self,
+        cls: type[nn.Module],
+        folder: Path,
+        subfolder: str,
+        device: torch.device,
+        **options: Any,
+    ) -> nn.Module:
+        """Loads a checkpoint in bf16; ``options`` are further ones of ``wanoffload.load``."""
+        import wanoffload
+
+        return wanoffload.load(
+            cls,
+            folder,
+            subfolder,
+            torch_dtype=torch.bfloat16,
+            prefetch=self.prefetch,
+            device=device,
+            host=self.host,
+            **options,
+        )
 
     def counters(self, model: nn.Module) -> Counters:
         """The offloader's statistics."""
@@ -133,12 +160,12 @@ class DiffusersGroupOffload:
 
 def by_name(name: str) -> Contender:
     """The contender that the command line calls ``name``."""
-    ours = re.fullmatch(rf"{OURS}(?:-(pageable))?-p(\d+)", name)
+    ours = re.fullmatch(rf"{OURS}(?:-(pageable|disk))?-p(\d+)", name)
     if ours is not None:
         return Wanoffload(int(ours.group(2)), ours.group(1) or "pinned")
     if name in DIFFUSERS_LEVELS:
         return DiffusersGroupOffload(name)
-    known = ", ".join((RESIDENT, f"{OURS}-pN", f"{OURS}-pageable-pN", *DIFFUSERS_LEVELS))
+    known = ", ".join((RESIDENT, *OURS_BY_TIER, *DIFFUSERS_LEVELS))
     raise ValueError(f"no contender is called {name!r}; there are {known}")
 
 

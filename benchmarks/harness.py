@@ -155,6 +155,10 @@ class Session:
         say(f"{case} {brief(key)}: already measured")
         return False
 
+    def chosen_parts(self, parts: Iterable[str]) -> list[str]:
+        """Of a case's parts those that ``--parts`` names, in the case's order; all without it."""
+        return [part for part in parts if part in (self.options.parts or (part,))]
+
     def out_of_time(self) -> bool:
         """Whether ``--deadline`` has passed, so that no further row is begun."""
         deadline = self.options.deadline

@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import say
+
 STATUS = Path("/proc/self/status")
+SMAPS = Path("/proc/self/smaps_rollup")
 MEMINFO = Path("/proc/meminfo")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 CLEAR_PEAK = "5"  # documented in proc(5): resets VmHWM
@@ -52,6 +56,41 @@ def rss_bytes() -> int:
 def host_used_bytes() -> int:
     """Bytes in use on the whole machine, without what the system would give back when asked."""
     return _field_bytes(MEMINFO, "MemTotal") - _field_bytes(MEMINFO, "MemAvailable")
+
+
+@dataclass(frozen=True)
+class ProcessBytes:
+    """Memory of this process. `anon` and `shmem` are its own, `file` are pages of mapped files."""
+
+    anon: int
+    shmem: int
+    file: int
+
+    @classmethod
+    def now(cls) -> ProcessBytes:
+        """As the system counts it."""
+        return cls(*(_field_bytes(STATUS, f"Rss{kind}") for kind in ("Anon", "Shmem", "File")))
+
+    @property
+    def own(self) -> int:
+        """What nobody could take back by dropping files."""
+        return self.anon + self.shmem
+
+
+def shared_out_bytes() -> int:
+    """This process's memory with what several processes map counted in parts (Pss)."""
+    return _field_bytes(SMAPS, "Pss")
+
+
+def touch_once(size: int) -> float:
+    """Has the system give this process ``size`` bytes once, and gives them back; seconds."""
+    say(f"touching {size / 1e9:.1f} GB of host memory")
+    start = time.perf_counter()
+    torch.empty(size, dtype=torch.uint8).fill_(1)
+    release_caches()
+    seconds = time.perf_counter() - start
+    say(f"touched at {size / seconds / 1e9:.1f} GB/s")
+    return seconds
 
 
 def driver_used_bytes(device: torch.device) -> int:
@@ -149,10 +188,14 @@ def device_bytes(device: torch.device) -> tuple[int, int]:
 
 @dataclass
 class HostPeak:
-    """The highest ``VmRSS`` while something ran, and how it was learned."""
+    """The highest ``VmRSS`` while something ran, and how it was learned.
+
+    ``own_bytes``: the highest of what is not pages of mapped files, always by samples.
+    """
 
     peak_bytes: int = 0
     method: str = ""
+    own_bytes: int = 0
 
 
 @contextmanager
@@ -165,7 +208,7 @@ def watch_rss(period_s: float = 0.005) -> Iterator[HostPeak]:
     peak = HostPeak()
     cleared = _clear_peak()
     stop = threading.Event()
-    samples = [rss_bytes()]
+    samples = [_sampled()]
     sampler = threading.Thread(target=_sample, args=(samples, stop, period_s), daemon=True)
     sampler.start()
     try:
@@ -173,7 +216,10 @@ def watch_rss(period_s: float = 0.005) -> Iterator[HostPeak]:
     finally:
         stop.set()
         sampler.join()
-        peak.peak_bytes, peak.method = max(*samples, rss_bytes()), "samples"
+        samples.append(_sampled())
+        peak.peak_bytes = max(rss for rss, _ in samples)
+        peak.own_bytes = max(own for _, own in samples)
+        peak.method = "samples"
         if cleared:
             peak.peak_bytes = max(peak.peak_bytes, _field_bytes(STATUS, "VmHWM"))
             peak.method = "VmHWM"
@@ -191,6 +237,11 @@ def _clear_peak() -> bool:
     return 0 < _field_bytes(STATUS, "VmHWM") <= before
 
 
-def _sample(samples: list[int], stop: threading.Event, period_s: float) -> None:
+def _sampled() -> tuple[int, int]:
+    """In memory now, and how much of it is the process's own."""
+    return rss_bytes(), ProcessBytes.now().own
+
+
+def _sample(samples: list[tuple[int, int]], stop: threading.Event, period_s: float) -> None:
     while not stop.wait(period_s):
-        samples.append(rss_bytes())
+        samples.append(_sampled())

@@ -34,7 +34,6 @@ from benchmarks.contenders import (
 from benchmarks.harness import ROOT, Session, peer_fingerprint, say
 from benchmarks.models import (
     MODELS,
-    Inputs,
     ModelSpec,
     Size,
     build,
@@ -245,7 +244,8 @@ def _measure_size(
     peak = machine.DevicePeak(device)
     before = contender.counters(model) if contender else None
     with peak.watch(), torch.inference_mode():
-        digest = _output_digest(model, inputs, Clock(device))
+        outputs = step(model, inputs)
+        Clock(device).synchronize()
     after = contender.counters(model) if contender else None
     acquires = spec.config["num_layers"] * len(inputs.texts)
     allocated, reserved = machine.device_bytes(device)
@@ -255,7 +255,7 @@ def _measure_size(
         "reserved": reserved,
         "reserved_peak": peak.reserved,
         "driver_used": machine.driver_used_bytes(device),
-        "output_sha256": digest,
+        "output_sha256": digest_of(outputs),
         "acquires_right": _acquired(before, after) in (None, acquires),
     }
 
@@ -266,9 +266,8 @@ def _acquired(before: Counters | None, after: Counters | None) -> int | None:
     return after.acquires - before.acquires
 
 
-def _output_digest(model: nn.Module, inputs: Inputs, clock: Clock) -> str:
-    outputs = step(model, inputs)
-    clock.synchronize()
+def digest_of(outputs: Sequence[torch.Tensor]) -> str:
+    """A hash of the outputs' bytes, to compare those of several processes."""
     digest = hashlib.sha256()
     for output in outputs:
         digest.update(output.contiguous().view(torch.uint8).cpu().numpy().tobytes())

@@ -29,15 +29,13 @@ PARTS: dict[str, Callable[[Session], Found]] = {
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The options of this case."""
-    group = parser.add_argument_group("micro")
-    group.add_argument("--parts", nargs="+", choices=PARTS, help="only these parts")
+    """No options of its own; ``--parts`` chooses among its parts."""
 
 
 def run(session: Session) -> None:
     """Measures the parts; one that fails does not keep the others from running."""
     fingerprint = code_fingerprint(session.options.label)
-    for part in session.options.parts or PARTS:
+    for part in session.chosen_parts(PARTS):
         if session.out_of_time():
             return
         if not session.missing(NAME, {"part": part}, fingerprint):

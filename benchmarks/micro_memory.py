@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from benchmarks import machine
 from benchmarks.engine import Found, backend_for, is_small
 from benchmarks.harness import Session, Spread
 from benchmarks.link import LinkProbe
+from benchmarks.timing import each_timed
 
 if TYPE_CHECKING:
     from wanoffload import _C
@@ -96,22 +96,14 @@ def _rates(runs: Sequence[tuple[dict[str, float], bool]], size: int) -> dict[str
     return values
 
 
-def _each_timed(works: Iterable[Callable[[], object]]) -> float:
-    """Seconds to do them all."""
-    start = time.perf_counter()
-    for work in works:
-        work()
-    return time.perf_counter() - start
-
-
 def _lock_images(
     session: Session, size: int, count: int, huge_pages: bool
 ) -> tuple[dict[str, float], bool]:
     store = _store(session.device, huge_pages=huge_pages)
     images = [store.allocate(size) for _ in range(count)]
     seconds = {
-        "touch": _each_timed(image.touch for image in images),
-        "register": _each_timed(image.lock for image in images),
+        "touch": each_timed(image.touch for image in images),
+        "register": each_timed(image.lock for image in images),
     }
     exact = store.locked_bytes == size * count
     zeroed = not any(bool(tensor_over(image)[::4096].any()) for image in images)
@@ -126,8 +118,8 @@ def _fill_images(
     piece = (source.data_ptr(), 0, size)
     images = [store.allocate(size) for _ in range(count)]
     seconds = {
-        "copy_in": _each_timed(partial(image.fill, [piece]) for image in images),
-        "register": _each_timed(image.lock for image in images),
+        "copy_in": each_timed(partial(image.fill, [piece]) for image in images),
+        "register": each_timed(image.lock for image in images),
     }
     equal = all(torch.equal(tensor_over(image), source) for image in images)
     return seconds, equal and all(image.locked for image in images)
@@ -140,7 +132,7 @@ def _lock_by_torch(source: torch.Tensor, count: int) -> tuple[dict[str, float], 
     def lock() -> None:
         tensors.append(torch.empty(source.shape, dtype=torch.uint8, pin_memory=True))
 
-    seconds = {"register": _each_timed([lock] * count)}
+    seconds = {"register": each_timed([lock] * count)}
     tensors[-1].copy_(source)
     equal = torch.equal(tensors[-1], source)
     return seconds, equal and all(tensor.is_pinned() for tensor in tensors)

@@ -135,7 +135,7 @@ def build(spec: ModelSpec, device: torch.device, seed: int = SEED) -> nn.Module:
     """A model with random weights on ``device``."""
     model = describe_only(spec)
     for index, (name, parameter) in enumerate(list(model.named_parameters())):
-        _set(model, name, _random_weight(name, parameter, device, seed + index))
+        _set(model, name, random_weight(name, parameter, device, seed + index))
     return model.to(device)
 
 
@@ -148,7 +148,7 @@ def build_on_host(spec: ModelSpec, device: torch.device, seed: int = SEED) -> nn
     model = describe_only(spec)
     staging = Staging(device, _largest_bytes(model))
     for index, (name, parameter) in enumerate(list(model.named_parameters())):
-        weight = _random_weight(name, parameter, device, seed + index)
+        weight = random_weight(name, parameter, device, seed + index)
         _set(model, name, staging.to_host(weight))
     return model
 
@@ -189,7 +189,7 @@ def _largest_bytes(model: nn.Module) -> int:
     return max(parameter.nbytes for parameter in model.parameters())
 
 
-def _random_weight(name: str, like: torch.Tensor, device: torch.device, seed: int) -> torch.Tensor:
+def random_weight(name: str, like: torch.Tensor, device: torch.device, seed: int) -> torch.Tensor:
     """Weights that keep the activations in range and let each of them change the output."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.empty(like.shape, dtype=like.dtype, device=device)

@@ -11,6 +11,8 @@ from benchmarks import predict_tables
 from benchmarks.cells import Column, gigabytes, markdown, of_key, spread, yes
 from benchmarks.contenders import RESIDENT
 from benchmarks.harness import ResultStore, Row
+from benchmarks.loading import tables as loading_tables
+from benchmarks.loading.bench import NAME as LOADING
 from benchmarks.predictions import NAME as PREDICT
 from benchmarks.step_bench import NAME as STEP
 
@@ -26,6 +28,8 @@ def render(store: ResultStore) -> str:
                 parts.append(f"**{title}**\n\n{markdown(rows, columns)}")
         predicted = [row for row in store.newest(PREDICT) if row.machine == machine]
         parts += predict_tables.sections(predicted)
+        loaded = [row for row in store.newest(LOADING) if row.machine == machine]
+        parts += loading_tables.sections(loaded)
     return "\n\n".join(parts) or "Nothing was measured yet."
 
 

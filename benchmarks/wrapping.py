@@ -96,7 +96,7 @@ class WrappingBench:
         self._clock = Clock(session.device)
         self._bytes = model_bytes(spec)
         self._size = chosen_sizes(spec, session.options.frames)[0]
-        self._touch_s = _touch(round(self._bytes.all * TOUCHED))
+        self._touch_s = machine.touch_once(round(self._bytes.all * TOUCHED))
         self._inputs: Inputs = make_inputs(spec, self._size, session.device)
         self._resident = build(spec, session.device)
         self._expected = self._warm_kernels()
@@ -191,14 +191,3 @@ class WrappingBench:
         key = key_of(self._spec, contender.name, self._size)
         fingerprint = contender.fingerprint(self._session.options.label)
         self._session.record(NAME, key, fingerprint, values)
-
-
-def _touch(size: int) -> float:
-    """Has the system give this process ``size`` bytes once, and gives them back; seconds."""
-    say(f"touching {size / 1e9:.1f} GB of host memory")
-    start = time.perf_counter()
-    torch.empty(size, dtype=torch.uint8).fill_(1)
-    machine.release_caches()
-    seconds = time.perf_counter() - start
-    say(f"touched at {size / seconds / 1e9:.1f} GB/s")
-    return seconds

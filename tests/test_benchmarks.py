@@ -215,7 +215,7 @@ def test_memory_rows_compare_processes_through_a_hash(results: Path) -> None:
 def test_wrapping_and_micro_rows_are_verified_and_printed(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = ("--repeats", "1", "--parts", "link", "locking", "acquire")
+    quick = ("--repeats", "1", "--parts", "link,locking,acquire")
     assert bench(results, "wrapping", "micro", *quick) == 0
     rows = ResultStore(results).rows()
     assert all(each.verified for each in rows)
