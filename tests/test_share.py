@@ -22,6 +22,7 @@ from tests.test_checkpoint import save
 from wanoffload import host_memory, shared_memory, weights, wrapping
 from wanoffload._C import HostBackend, HostImage
 from wanoffload.errors import HostMemoryError, ShareError, WrapError
+from wanoffload.shared_arena import SharedArena
 
 KIND = MODELS["wan21_t2v"]
 
@@ -180,6 +181,21 @@ def test_each_process_has_its_own_tier(
     second.run(build_with, name, folder, {"host": host})
     assert second.run(stats)[1] == [host] * KIND.units
     for peer in (first, second):
+        assert np.array_equal(peer.run(output), expected)
+
+
+@pytest.mark.parametrize("way", ["wrap", "load"])
+def test_a_cache_file_is_made_by_the_first_and_read_by_the_others(
+    peers: list[Peer], name: str, folder: Path, tmp_path: Path, expected: np.ndarray, way: str
+) -> None:
+    source = folder if way == "load" else 0
+    for peer in peers[:3]:
+        peer.start(build_with, name, source, {"cache": tmp_path / "cache"})
+    for peer in peers[:3]:
+        peer.result()
+    assert len(shared_memory.find(name)) == 1
+    peers[3].run(build, name, source)  # the same bytes, with a cache or without
+    for peer in peers:
         assert np.array_equal(peer.run(output), expected)
 
 
@@ -454,13 +470,13 @@ def test_a_file_that_is_replaced_meanwhile_is_an_error_of_who_would_share_it(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     save(KIND.make(), tmp_path)
-    real = wrapping.SharedArena.join
+    real = SharedArena.join
 
     def join(*arguments: Any) -> Any:
         save(KIND.make(1), tmp_path)
         return real(*arguments)
 
-    monkeypatch.setattr(wrapping.SharedArena, "join", join)
+    monkeypatch.setattr(SharedArena, "join", join)
     with pytest.raises(wanoffload.CheckpointError, match="replaced while it was being loaded"):
         wanoffload.load(type(KIND.make()), tmp_path, device="cpu", share=name)
     assert shared_memory.find(name) == []

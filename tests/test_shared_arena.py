@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from tests.peers import Peer, State, mapped_arenas
-from wanoffload import host_memory, shared_arena, shared_memory
+from wanoffload import arena_contents, host_memory, shared_arena, shared_memory
 from wanoffload._C import Descriptor, HostBackend, HostImage, HostStore
+from wanoffload.arena_contents import to_pages
 from wanoffload.errors import BackendError, HostMemoryError, ShareError, UsageError
 from wanoffload.shared_arena import SharedArena
 
@@ -128,7 +129,7 @@ def test_four_processes_hold_one_copy(peers: list[Peer], name: str) -> None:
     for peer in peers:
         peer.run(touch_all)
     found = [peer.run(shared_bytes) for peer in peers]
-    pages = sum(shared_arena._to_pages(max(size, 1)) for size in SIZES)
+    pages = sum(to_pages(max(size, 1)) for size in SIZES)
     assert all(rss == pages for rss, _ in found)
     assert sum(pss for _, pss in found) <= 1.05 * pages
 
@@ -297,7 +298,7 @@ def test_another_model_under_the_name_is_refused_and_the_holder_is_named(
     assert f"'{name}', which process {first.pid} holds" in text
     assert 'model is "A" there and "B" here' in text
     assert "sources.a.safetensors[1] is 20 there and 21 here" in text
-    assert "sources.b is null there and [1, 2] here; and 1 differences more" in text
+    assert "sources.b is null there and [1, 2] here; and 1 more" in text
 
 
 def test_other_sizes_are_another_model(name: str) -> None:
@@ -309,7 +310,7 @@ def test_other_sizes_are_another_model(name: str) -> None:
 
 def test_an_arena_of_another_version_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = join(name)
-    monkeypatch.setattr(shared_arena, "_VERSION", 2)
+    monkeypatch.setattr(arena_contents, "_VERSION", 2)
     with pytest.raises(ShareError, match="another version of wanoffload"):
         join(name)
     arena.close()

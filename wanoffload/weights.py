@@ -120,7 +120,8 @@ class OwnTensors:
                     owner._buffers[key] = buffer.to(self._device)
 
     def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: Lock) -> None:
-        image.write_image(memory, layout, [group[0].tensor for group in unit.groups], lock)
+        tensors = [group[0].tensor for group in unit.groups]
+        image.write_image(memory, layout, tensors, lock)
 
     def finish(self) -> None:
         came_from = {device.type for devices in self._came_from for device in devices}

@@ -24,6 +24,7 @@ from wanoffload.image import ImageLayout
 from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.runtime import Offloader, SlotMemory, backend_for
 from wanoffload.shared_arena import SharedArena, check_name
+from wanoffload.sharing import joined
 from wanoffload.units import Unit, check_wrappable, find_units
 from wanoffload.weights import OwnTensors, Weights
 
@@ -87,20 +88,14 @@ def wrap(
     Raises:
         WrapError: the model or an argument can't be used; says what to do.
         HostMemoryError: too little host memory. The model is as it was.
-        ShareError: under this name the processes of this user share another model, or can't share.
         CacheFileError: the cache file is spoilt or another model's, or can't be written. The model
             is as it was, and so is the file.
+        ShareError: under this name the processes of this user share another model, or can't share.
         torch.OutOfMemoryError: too little device memory for the slots. The model is as it was.
     """
     choice = HostChoice.of(host, host_budget)
     stream(
-        transformer,
-        prefetch,
-        device=device,
-        host=choice,
-        cache=cache,
-        share=share,
-        verify=verify,
+        transformer, prefetch, device=device, host=choice, cache=cache, share=share, verify=verify
     )
     return transformer
 
@@ -150,7 +145,7 @@ def start(
     device: torch.device,
     *,
     host: HostChoice,
-    share: str | None,
+    share: str | None = None,
     verify: bool,
     progress: tqdm[NoReturn] | None = None,
     title: str = "wrap",
@@ -168,7 +163,7 @@ def start(
     ]
     backend = backend_for(device)
     store = HostStore(backend)
-    with ordinary_tensors(), _joined(share, module, weights, found, layouts, store) as arena:
+    with ordinary_tensors(), joined(share, module, weights, found, layouts, store) as arena:
         plan = _plan(f"{title} {type(module).__name__}", weights, found, layouts, host, arena)
         with _bar(progress, found, title) as bar:
             return _Wrapping(
@@ -186,39 +181,6 @@ def start(
                 verify,
                 bar,
             ).run()
-
-
-@contextmanager
-def _joined(
-    share: str | None,
-    module: nn.Module,
-    weights: Weights,
-    found: list[Unit],
-    layouts: list[ImageLayout],
-    store: HostStore,
-) -> Iterator[SharedArena | None]:
-    """The arena of this name. It is let go at the end: images hold what they stand on."""
-    if share is None:
-        yield None
-        return
-    identity = {
-        "model": f"{type(module).__module__}.{type(module).__qualname__}",
-        "units": [[unit.name, _table(own)] for unit, own in zip(found, layouts, strict=True)],
-        "weights": weights.identity(found, layouts),
-    }
-    arena = SharedArena.join(share, identity, [layout.nbytes for layout in layouts], store)
-    try:
-        yield arena
-    finally:
-        arena.close()
-
-
-def _table(layout: ImageLayout) -> list[list[object]]:
-    """Where each tensor of an image stands."""
-    return [
-        [spec.name, str(spec.dtype), [*spec.shape], [*spec.stride], spec.offset]
-        for spec in layout.specs
-    ]
 
 
 def _plan(
