@@ -11,7 +11,7 @@ namespace {
 
 unsigned ring_threads(unsigned wanted) {
   if (wanted != 0) return wanted;
-  return std::clamp(std::thread::hardware_concurrency() / 2, 1U, 8U);
+  return std::clamp(std::thread::hardware_concurrency() * 5 / 8, 1U, 12U);
 }
 
 }  // namespace

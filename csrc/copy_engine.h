@@ -23,7 +23,7 @@ namespace wanoffload {
 struct EngineOptions {
   std::size_t ring_chunks = 16;
   std::size_t ring_chunk_bytes = std::size_t{8} << 20;
-  unsigned threads = 0;  // that fill the ring; 0: half of the cores, 8 at most
+  unsigned threads = 0;  // that fill the ring; 0: 5/8 of the cores, 12 at most
   Milliseconds timeout{60'000};
 };
 
