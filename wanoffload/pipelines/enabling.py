@@ -176,8 +176,8 @@ def with_prefetch_found(
     ahead = blocks_ahead(module for key, module in modules.items() if role(key) == DIT)
     if ahead is None or choices.get(name) is not None:
         return choices
-    logger.info("%s is %d: transformers were wrapped so", name, max(ahead, 1))
-    return {**choices, name: max(ahead, 1)}
+    logger.info("%s is %d: transformers were wrapped so", name, ahead)
+    return {**choices, name: ahead}
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:
