@@ -299,24 +299,44 @@ def test_dtypes_are_those_of_from_pretrained(saved: Any, dtype: Any) -> None:
     same_enabled(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [None, BF16, {"vae": torch.float32, "default": BF16}])
-def test_what_it_is_planned_by_is_what_is_loaded(
-    saved: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The facts of the files are those of the pipeline, in the dtypes that it is loaded in."""
+@pytest.fixture
+def planned_by(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The facts of each decision: of the files, of the pipeline."""
     seen: list[Any] = []
     decide = acting.decide
     monkeypatch.setattr(
         acting, "decide", lambda facts, *a: (seen.append(facts), decide(facts, *a))[1]
     )
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [None, BF16, {"vae": torch.float32, "default": BF16}])
+def test_what_it_is_planned_by_is_what_is_loaded(
+    saved: Any, dtype: Any, planned_by: list[Any]
+) -> None:
+    """The facts of the files are those of the pipeline, in the dtypes that it is loaded in."""
     load_it(saved("i2v"), type(PIPELINES["i2v"].make()), "manual", torch_dtype=dtype, **STREAM)
-    of_files, of_pipeline = seen[:2]
+    of_files, of_pipeline = planned_by[:2]
     assert of_files.dits == of_pipeline.dits
     assert of_files.vae == of_pipeline.vae
     assert of_files.text_encoder.bytes == of_pipeline.text_encoder.bytes
     assert replace(of_files, name="", image_encoder=None) == replace(
         of_pipeline, name="", image_encoder=None
     )
+
+
+def test_it_is_so_with_another_class_and_with_what_is_given(
+    saved: Any, planned_by: list[Any]
+) -> None:
+    load_it(saved("t2v"), WanVideoToVideoPipeline, "manual", workload=CALL, **STREAM)
+    larger = AutoencoderKLWan(base_dim=8, z_dim=16)
+    one = ordinary(saved("i2v"), type(PIPELINES["i2v"].make())).transformer
+    given = {"boundary_ratio": 0.5, "vae": larger, "transformer": one}
+    load_it(saved("t2v"), WanPipeline, "manual", workload=CALL, **STREAM, **given)
+    load_it(saved("a14b"), WanVideoToVideoPipeline, "manual", workload=CALL, **STREAM)
+    found = [replace(facts, name="", blocks_in_files=True) for facts in planned_by]
+    assert [facts.a14b for facts in found[::2]] == [False, True, False]
+    assert found[::2] == found[1::2]
 
 
 @pytest.mark.parametrize("kind", [DiffusionPipeline, WanVideoToVideoPipeline])
@@ -354,6 +374,33 @@ def test_of_the_hub_it_is_read_from_the_cache(saved: Any, tmp_path: Path) -> Non
     assert ours.config._name_or_path == "some/model"
     with pytest.raises(CheckpointError, match=r"some/other is no pipeline's folder"):
         load_it("some/other", WanPipeline, **there)  # type: ignore[arg-type]
+
+
+def test_only_what_is_needed_is_downloaded_and_nothing_for_a_wrong_choice(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_cache(saved("a14b"), tmp_path / "cache", "some/model", "a" * 40)
+    vae = AutoencoderKLWan.from_pretrained(saved("a14b"), subfolder="vae")
+    asked: list[Any] = []
+
+    def download(model: str, **options: Any) -> str:
+        asked.append((model, options))
+        return str(saved("a14b"))
+
+    monkeypatch.setattr(WanPipeline, "download", download)
+    there: dict[str, Any] = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    name: Any = "some/model"
+    with pytest.raises(ValueError, match="unknown choice 'dit_layer'"):
+        load_it(name, WanPipeline, "manual", **there, dit_layer=True)
+    assert not asked
+    load_it(name, WanPipeline, "manual", **there, **STREAM, vae=vae, revision="main")
+    ((model, options),) = asked
+    assert model == "some/model"
+    assert {name: value for name, value in options.items() if value is not None} == {
+        **there,
+        "vae": vae,
+        "revision": "main",
+    }
 
 
 # Where it stands on the host.
