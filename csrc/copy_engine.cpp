@@ -11,7 +11,7 @@ namespace {
 
 unsigned ring_threads(unsigned wanted) {
   if (wanted != 0) return wanted;
-  return std::clamp(std::thread::hardware_concurrency() * 5 / 8, 1U, 12U);
+  return std::clamp(std::thread::hardware_concurrency() * 3 / 4, 1U, 12U);
 }
 
 }  // namespace
@@ -33,7 +33,9 @@ void CopyEngine::prepare_ring() {
   const std::lock_guard lock(mutex_);
   if (ring_ || closed_) return;
   ring_.emplace(backend_, options_.ring_chunks, options_.ring_chunk_bytes);
-  for (unsigned i = 0; i < ring_threads(options_.threads); ++i) {
+  const unsigned threads = ring_threads(options_.threads);
+  done_.resize(options_.ring_chunks + threads);
+  for (unsigned i = 0; i < threads; ++i) {
     threads_.emplace_back([this] { work(); });
   }
 }
@@ -159,33 +161,52 @@ CopyEngine::Piece CopyEngine::read(const Task& task) {
   return piece;
 }
 
-// Reads without a lock, then waits for its turn: chunks are enqueued in the order they were taken.
+// Reads without a lock and leaves what it read to be sent in its turn. The thread goes on to the
+// next chunk; without a buffer, which is what bounds their number, it waits for its turn.
 void CopyEngine::carry_out(const Task& task) {
   const Piece piece = read(task);
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return turn_ == task.turn; });
-  const bool failed_earlier = task.transfer->error_ != nullptr;
-  task.transfer->fingerprint_ += piece.fingerprint;
-  lock.unlock();
-  std::exception_ptr error;
-  if (task.buffer.data != nullptr) {
-    try {
-      if (failed_earlier) {
-        ring_->give_back(task.buffer);
-      } else {
-        enqueue(task, piece);
-      }
-    } catch (...) {
-      error = std::current_exception();
-    }
+  done_[task.turn % done_.size()] = {task, piece};
+  send_in_turn(lock);
+  if (task.buffer.data == nullptr) {
+    changed_.wait(lock, [&] { return turn_ > task.turn; });
   }
-  const bool last = is_last(task);
-  lock.lock();
-  ++turn_;
-  if (error && !task.transfer->error_) task.transfer->error_ = error;
-  // Only behind its last chunk: until then this transfer is still being read here.
-  if (last) task.transfer->settled_ = true;
-  changed_.notify_all();
+}
+
+// One thread at a time sends whatever is read and has its turn: chunks are enqueued in the order
+// they were taken.
+void CopyEngine::send_in_turn(std::unique_lock<std::mutex>& lock) {
+  if (sending_) return;  // and will find what was left
+  sending_ = true;
+  while (auto next = std::exchange(done_[turn_ % done_.size()], std::nullopt)) {
+    Transfer& transfer = *next->task.transfer;
+    const bool failed_earlier = transfer.error_ != nullptr;
+    transfer.fingerprint_ += next->piece.fingerprint;
+    lock.unlock();
+    const std::exception_ptr error = send(*next, failed_earlier);
+    lock.lock();
+    ++turn_;
+    if (error && !transfer.error_) transfer.error_ = error;
+    // Only behind its last chunk: until then this transfer is still being read here.
+    if (is_last(next->task)) transfer.settled_ = true;
+    changed_.notify_all();
+  }
+  sending_ = false;
+}
+
+// What went wrong, if something did. The buffer is in flight or given back.
+std::exception_ptr CopyEngine::send(const Done& done, bool failed_earlier) {
+  if (done.task.buffer.data == nullptr) return nullptr;
+  try {
+    if (failed_earlier) {
+      ring_->give_back(done.task.buffer);
+    } else {
+      enqueue(done.task, done.piece);
+    }
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
 }
 
 void CopyEngine::enqueue(const Task& task, const Piece& piece) {

@@ -21,9 +21,9 @@
 namespace wanoffload {
 
 struct EngineOptions {
-  std::size_t ring_chunks = 16;
-  std::size_t ring_chunk_bytes = std::size_t{8} << 20;
-  unsigned threads = 0;  // that fill the ring; 0: 5/8 of the cores, 12 at most
+  std::size_t ring_chunks = 32;
+  std::size_t ring_chunk_bytes = std::size_t{4} << 20;
+  unsigned threads = 0;  // that fill the ring; 0: 3/4 of the cores, 12 at most
   Milliseconds timeout{60'000};
 };
 
@@ -106,6 +106,10 @@ class CopyEngine {
     std::size_t lead = 0;       // where in the buffer
     std::uint64_t fingerprint = 0;
   };
+  struct Done {
+    Task task;
+    Piece piece;
+  };
 
   void begin(const Transfer& transfer);
   void finish(Transfer& transfer);
@@ -114,6 +118,8 @@ class CopyEngine {
   [[nodiscard]] std::optional<Task> take_task();
   void carry_out(const Task& task);
   [[nodiscard]] Piece read(const Task& task);
+  void send_in_turn(std::unique_lock<std::mutex>& lock);
+  std::exception_ptr send(const Done& done, bool failed_earlier);
   void enqueue(const Task& task, const Piece& piece);
   [[nodiscard]] bool is_last(const Task& task) const;
   void settle(Transfer& transfer, std::exception_ptr error);
@@ -137,6 +143,10 @@ class CopyEngine {
   std::vector<Transfer*> queue_;
   std::uint64_t next_turn_ = 0;  // to be given to the next chunk taken
   std::uint64_t turn_ = 0;       // whose bytes are enqueued next
+  bool sending_ = false;         // a thread enqueues
+  // What was read and waits for its turn: turn n stands at n % size. Enough for every buffer, and
+  // for one chunk without a buffer of each thread.
+  std::vector<std::optional<Done>> done_;
   bool closed_ = false;
 
   std::vector<std::jthread> threads_;  // last: they use everything above
