@@ -424,6 +424,44 @@ def test_blocks_stand_where_they_are_asked_for(saved: Any, host: str) -> None:
     assert torch.equal(small.run(ours), small.run(theirs))
 
 
+def test_with_a_cache_blocks_of_another_dtype_stand_on_disk(saved: Any, tmp_path: Path) -> None:
+    """Published experts are fp32: what is streamed is in the cache files, one of each."""
+    folder = tmp_path / "fp32"
+    ordinary(saved("a14b"), torch_dtype=torch.float32).save_pretrained(folder)
+    small = PIPELINES["a14b"]
+    expected = small.run(enable(ordinary(folder), "manual", hardware=HERE, device="cpu", **STREAM))
+    caches = tmp_path / "some" / "where"
+    for _ in range(2):
+        pipe = load_it(folder, WanPipeline, "manual", host="disk", cache=caches, **STREAM)
+        assert sorted(file.name for file in caches.iterdir()) == [
+            "transformer.images",
+            "transformer_2.images",
+        ]
+        written = [file.stat().st_mtime_ns for file in sorted(caches.iterdir())]
+        for name in ("transformer", "transformer_2"):
+            assert set(offloader(getattr(pipe, name)).tiers) == {"disk"}
+        assert torch.equal(small.run(pipe), expected)
+    assert [file.stat().st_mtime_ns for file in sorted(caches.iterdir())] == written
+    with pytest.raises(wanoffload.WrapError, match=r"can't be a folder of cache files"):
+        load_it(folder, host="disk", cache=caches / "transformer.images", **STREAM)
+
+
+def test_experts_are_shared_under_a_name_each(saved: Any) -> None:
+    pipes = [
+        load_it(saved("a14b"), WanPipeline, "manual", share="both-experts", **STREAM)
+        for _ in range(2)
+    ]
+    for name in ("transformer", "transformer_2"):
+        images = [offloader(getattr(pipe, name)).bindings[0].image for pipe in pipes]
+        assert all(image.shared for image in images)  # type: ignore[attr-defined]
+    small, folder = PIPELINES["a14b"], saved("a14b")
+    expected = small.run(enable(ordinary(folder), "manual", hardware=HERE, device="cpu", **STREAM))
+    for pipe in pipes:
+        assert torch.equal(small.run(pipe), expected)
+    with pytest.raises(wanoffload.WrapError, match="nothing in memory that could be shared"):
+        load_it(saved("a14b"), host="disk", share="x", **STREAM)
+
+
 def test_experts_share_by_bytes_what_others_leave_of_the_budget(
     saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

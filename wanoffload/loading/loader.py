@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from wanoffload.host_tiers import AUTO, HostChoice
-from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
-from wanoffload.loading.stored_weights import StoredWeights
-from wanoffload.weights import Weights
+from wanoffload.loading.unread import Unread
 from wanoffload.wrapping import check_options, resolve_device, start
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,12 +84,10 @@ def load(
         local_files_only=local_files_only,
     )
     described = describe(cls, checkpoint, torch_dtype)
-    weights: Weights = StoredWeights(described, target)
-    if cache is not None:
-        weights = CachedWeights(weights, described.module, Path(cache), checkpoint.files)
+    unread = Unread(described, checkpoint.files, None if cache is None else Path(cache))
     start(
         described.module,
-        weights,
+        unread.weights(target),
         prefetch,
         target,
         host=choice,

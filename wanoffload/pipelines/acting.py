@@ -16,7 +16,7 @@ from wanoffload import hooks
 from wanoffload.errors import DeviceMemoryError, HostMemoryError, PipelineError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import PINNED, HostChoice
-from wanoffload.loading.describing import Described
+from wanoffload.loading.unread import Unread
 from wanoffload.machine.hardware import Hardware
 from wanoffload.pipelines.components import Component, Treatment, role, treatment
 from wanoffload.pipelines.host_shares import share
@@ -63,7 +63,7 @@ class Enabled(hooks.Attached):
         choices: Mapping[str, Any],
         device: torch.device,
         host: HostChoice,
-        unread: Mapping[str, Described] = MappingProxyType({}),
+        unread: Mapping[str, Unread] = MappingProxyType({}),
     ) -> None:
         self.device = device
         self.floor = Floor()

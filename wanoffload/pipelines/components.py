@@ -15,8 +15,7 @@ from wanoffload import hooks, wrapping
 from wanoffload.facts.tally import image_bytes
 from wanoffload.host_tensor import HostTensor, ordinary_tensors
 from wanoffload.host_tiers import AUTO, DISK, HostChoice
-from wanoffload.loading.describing import Described
-from wanoffload.loading.stored_weights import StoredWeights
+from wanoffload.loading.unread import Unread
 from wanoffload.pipelines import tenancy
 from wanoffload.pipelines.adopting import Found, find_wrapped
 from wanoffload.pipelines.parking import Parked
@@ -144,7 +143,7 @@ class Component:
         module: nn.Module,
         device: torch.device,
         floor: Floor,
-        unread: Described | None = None,
+        unread: Unread | None = None,
     ) -> None:
         self.name = name
         self.module = module
@@ -241,17 +240,18 @@ class Component:
             self._come_with_forwards(runtime)
 
     def _read(
-        self, unread: Described, prefetch: int, progress: tqdm[NoReturn], host: HostChoice
+        self, unread: Unread, prefetch: int, progress: tqdm[NoReturn], host: HostChoice
     ) -> None:
         """Reads the weights from their files into the images they are streamed from."""
         self._unread = None
         self._was_read = True
         self.runtime = wrapping.start(
             self.module,
-            StoredWeights(unread, self.device),
+            unread.weights(self.device),
             prefetch,
             self.device,
             host=host,
+            share=None if host.kind == DISK else unread.share,
             verify=False,
             progress=progress,
             title="load",

@@ -15,7 +15,7 @@ from wanoffload import hooks, host_memory
 from wanoffload.errors import PipelineError
 from wanoffload.facts.model import ModelFacts
 from wanoffload.host_tiers import AUTO, HostChoice
-from wanoffload.loading.describing import Described
+from wanoffload.loading.unread import Unread
 from wanoffload.machine.hardware import Hardware
 from wanoffload.pipelines.acting import Enabled, within
 from wanoffload.pipelines.adopting import blocks_ahead, find_wrapped, why_not
@@ -110,7 +110,7 @@ def enable_pipeline(
     device: torch.device,
     host: HostChoice,
     choices: dict[str, Any],
-    unread: Mapping[str, Described] = MappingProxyType({}),
+    unread: Mapping[str, Unread] = MappingProxyType({}),
 ) -> Any:
     """What `enable` does with a pipeline. Internal.
 

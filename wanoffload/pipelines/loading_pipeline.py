@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from wanoffload.errors import WrapError
 from wanoffload.facts.look import look
 from wanoffload.facts.model import ModelFacts
 from wanoffload.host_tiers import AUTO, DISK, HostChoice
@@ -26,7 +28,7 @@ from wanoffload.pipelines.enabling import (
 from wanoffload.pipelines.pipeline_source import Dtype, find_source
 from wanoffload.policy.choices import check_mode
 from wanoffload.workload import Workload
-from wanoffload.wrapping import resolve_device
+from wanoffload.wrapping import check_options, resolve_device
 
 
 def load_pipeline(
@@ -40,6 +42,8 @@ def load_pipeline(
     device: torch.device | str | int | None = None,
     host: str = AUTO,
     host_budget: int | str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    share: str | None = None,
     torch_dtype: Dtype = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -64,6 +68,9 @@ def load_pipeline(
             read from there, which must stay as they are (see `load`). Without a workload, a
             transformer whose treatment depends on it is streamed at first if that is what `plan`
             says of an unknown size, and else stays on the host; the first call decides anew.
+        cache: a folder for the cache files of the transformers, as of `load`, each by its name
+            (`transformer.images`). Made if it is not there.
+        share: a name, as of `load`: under it processes hold one copy of each transformer's images.
         torch_dtype: as of `from_pretrained`: of all components, or `{name: dtype, "default": ...}`.
         variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
         more: choices, as of `plan`; and what the pipeline's class is constructed of, in place of
@@ -75,6 +82,7 @@ def load_pipeline(
         CheckpointError: files are missing, not whole, or of another model.
         PipelineError: no pipeline class, or a component that can't be enabled as it is.
         DeviceMemoryError, HostMemoryError: nothing that is permitted fits.
+        CacheFileError, ShareError: as of `load`.
         TransferError: a file could not be read, or changed meanwhile.
         torch.OutOfMemoryError: the device's memory ended on the way.
         After any of them nothing is held, and components that were given are as they were.
@@ -82,6 +90,7 @@ def load_pipeline(
     check_mode(mode)
     target = resolve_device(device)
     choice = HostChoice.of(host, host_budget)
+    folder = check_way(choice, cache, share)
     hub = Hub(revision, cache_dir, token, local_files_only)
     source, choices = find_source(cls, path_or_id, hub, torch_dtype, variant, more)
     for name, module in source.modules.items():
@@ -94,7 +103,7 @@ def load_pipeline(
     plan = acting.decide(known, workload, machine, mode, choices)
     require_fit(plan, machine, choice)
     streamed = [n for n in source.transformers() if treatment(plan, n).kind == STREAMED]
-    unread = {name: source.describe(name) for name in streamed}
+    unread = {name: source.describe(name, folder, share) for name in streamed}
     pipe = source.assemble(unread)
     try:
         known = facts or replace(look(pipe), blocks_in_files=in_files and bool(unread))
@@ -106,6 +115,22 @@ def load_pipeline(
             if isinstance(component, nn.Module) and name not in source.given:
                 _empty(component)
         raise
+
+
+def check_way(
+    host: HostChoice, cache: str | os.PathLike[str] | None, share: str | None
+) -> Path | None:
+    """The cache's folder, made if need be. Raises WrapError for what can't be used."""
+    check_options(1, cache, share, False)
+    if share is not None and host.kind == DISK:
+        raise WrapError("share: with host='disk' there is nothing in memory that could be shared")
+    if cache is None:
+        return None
+    try:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrapError(f"cache={cache!r} can't be a folder of cache files: {error}") from error
+    return Path(cache)
 
 
 def _empty(module: nn.Module) -> None:

@@ -21,8 +21,9 @@ from wanoffload.facts.model import ModelFacts
 from wanoffload.facts.modules import part_of, pipeline_name
 from wanoffload.facts.parts import is_relevant, model_facts
 from wanoffload.loading.checkpoint import Checkpoint
-from wanoffload.loading.describing import Described, describe
+from wanoffload.loading.describing import describe
 from wanoffload.loading.files import Hub
+from wanoffload.loading.unread import Unread
 from wanoffload.pipelines.components import role
 from wanoffload.policy.choices import DIT, Choices
 
@@ -170,21 +171,26 @@ class Source:
         taken = self._taken()
         return [n for n in taken if role(n) == DIT and taken[n][0] == "diffusers"]
 
-    def describe(self, name: str) -> Described:
-        """Raises CheckpointError if the files are not those of the class."""
+    def describe(self, name: str, cache: Path | None, share: str | None) -> Unread:
+        """Raises CheckpointError if the files are not those of the class.
+
+        `cache`: a folder with the cache files of all transformers. `share`: the pipeline's name.
+        """
         library, class_name = self._taken()[name]
         folder = os.path.join(self.folder, name)
         checkpoint = Checkpoint.open(folder, None, variant=self._variant(folder))
         cls = getattr(importlib.import_module(library), class_name, None)
         if cls is None:
             raise CheckpointError(f"{library} has no {class_name}, which is what {name} is")
-        return describe(cls, checkpoint, self._dtype(name))
+        described = describe(cls, checkpoint, self._dtype(name))
+        own = cache / f"{name}.images" if cache is not None else None
+        return Unread(described, checkpoint.files, own, share and f"{share}/{name}")
 
-    def assemble(self, unread: Mapping[str, Described]) -> Any:
+    def assemble(self, unread: Mapping[str, Unread]) -> Any:
         """The pipeline, with what diffusers loads. Raises CheckpointError for whatever it says."""
         options = {"torch_dtype": self.torch_dtype, "variant": self.variant}
         options = {name: value for name, value in options.items() if value is not None}
-        described = {name: known.module for name, known in unread.items()}
+        described = {name: known.described.module for name, known in unread.items()}
         try:
             with warnings.catch_warnings():
                 # The name that replaces it is not known to older releases, which would ignore it.
