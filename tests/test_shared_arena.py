@@ -8,8 +8,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,24 +161,32 @@ def test_of_four_that_start_at_the_same_instant_one_fills(
 def test_of_two_that_offer_one_at_the_same_moment_one_fills(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has found none, and has made one, before either looks again."""
-    real = shared_memory.create
-    both_made = threading.Barrier(2, timeout=60)
+    """Each has found none, has made one, and has looked again before either settles anything."""
+    real_look, real_create = shared_arena._look, shared_memory.create
+    both = threading.Barrier(2, timeout=30)
+    looks = Counter[int]()
     joined: list[SharedArena] = []
+    filled: list[bool] = []
+
+    def look(*arguments: Any) -> Any:
+        found = real_look(*arguments)
+        looks[threading.get_ident()] += 1
+        if looks[threading.get_ident()] <= 2:
+            both.wait()
+        return found
 
     def create(*arguments: Any) -> Any:
-        made = real(*arguments)
-        with suppress(threading.BrokenBarrierError):
-            both_made.wait()
+        made = real_create(*arguments)
+        both.wait()
         return made
 
     def join_and_publish() -> None:
-        joined.append(join(name))
-        joined[-1].image(0)
-        filled.append(joined[-1].filled)
-        joined[-1].publish()
+        arena = join(name)
+        joined.append(arena)
+        filled.append(arena.filled)
+        arena.publish()
 
-    filled: list[bool] = []
+    monkeypatch.setattr(shared_arena, "_look", look)
     monkeypatch.setattr(shared_memory, "create", create)
     threads = [threading.Thread(target=join_and_publish) for _ in range(2)]
     for thread in threads:
