@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,18 @@ def mapped_arenas() -> tuple[int, int]:
         elif is_arena and key in totals:
             totals[key] += int(values[0]) * 1024
     return totals["Rss:"], totals["Pss:"]
+
+
+def is_kept_waiting(peer: Peer, name: str) -> bool:
+    """Whether a process that joins an arena has found it, and stays in that call."""
+    give_up = time.monotonic() + 60
+    while not any(name in link for link in _links(peer.pid)):
+        assert time.monotonic() < give_up, "it has not come so far"
+        time.sleep(0.01)
+    return not peer.has_result(0.2)
+
+
+def _links(pid: int) -> Iterator[str]:
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since
+            yield os.readlink(link)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 import wanoffload
-from tests.peers import Peer, State, mapped_arenas
+from tests.peers import Peer, State, is_kept_waiting, mapped_arenas
 from tests.small_models import MODELS, forward
 from tests.test_checkpoint import save
 from wanoffload import host_memory, shared_memory, weights, wrapping
@@ -325,6 +326,22 @@ def failing_lock(backend: HostBackend, real: Callable[[HostImage], None]) -> Any
     return make_own
 
 
+@pytest.mark.parametrize("scribbler", [0, 1])
+def test_a_stray_write_ends_its_process_and_changes_nothing_for_the_others(
+    mortal: Callable[[], Peer], name: str, folder: Path, expected: np.ndarray, scribbler: int
+) -> None:
+    """Whether it filled the arena or joined it. Writes by torch move the block first."""
+    both = [mortal(), mortal()]
+    share_all(both, name, folder)
+    both[scribbler].start(write_past_torch)
+    assert both[scribbler].wait() == -signal.SIGSEGV
+    assert np.array_equal(both[1 - scribbler].run(output), expected)
+
+
+def write_past_torch(state: State) -> None:
+    ctypes.memset(state["model"].blocks[0].attn1.to_q.weight.data_ptr(), 1, 1)
+
+
 def test_unwrap_in_one_process_leaves_the_others_right(
     peers: list[Peer], name: str, folder: Path, expected: np.ndarray
 ) -> None:
@@ -357,7 +374,8 @@ def test_when_the_first_is_killed_while_it_fills_the_second_fills(
         assert not first.has_result(0.01)
     for peer in peers[:2]:
         peer.start(build, name, source)
-    assert not peers[0].has_result(1.0)
+    for peer in peers[:2]:
+        assert is_kept_waiting(peer, name)
     assert first.kill() == -signal.SIGKILL
     for peer in peers[:2]:
         peer.result()

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.peers import Peer, State, mapped_arenas
+from tests.peers import Peer, State, is_kept_waiting, mapped_arenas
 from wanoffload import arena_contents, host_memory, shared_arena, shared_memory
 from wanoffload._C import Descriptor, HostBackend, HostImage, HostStore
 from wanoffload.arena_contents import to_pages
@@ -139,7 +140,7 @@ def test_the_others_wait_until_it_is_published(peers: list[Peer], name: str) -> 
     first.run(join_and_map, name)
     second.start(join_and_map, name)
     first.run(write)
-    assert not second.has_result(0.5)
+    assert is_kept_waiting(second, name)
     first.run(publish)
     assert second.result()
     assert second.run(seed_read) == 0
@@ -155,6 +156,52 @@ def test_of_four_that_start_at_the_same_instant_one_fills(
     assert sorted(peer.result() for peer in peers) == [False, True, True, True]
     assert {peer.run(seed_read) for peer in peers} == {3}
     assert len(shared_memory.find(name)) == 1
+
+
+def test_of_two_that_offer_one_at_the_same_moment_one_fills(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has found none, has made one, and has looked again before either settles anything."""
+    real_look, real_create = shared_arena._look, shared_memory.create
+    both = threading.Barrier(2, timeout=30)
+    looks = Counter[int]()
+    joined: list[SharedArena] = []
+    filled: list[bool] = []
+
+    def look(*arguments: Any) -> Any:
+        found = real_look(*arguments)
+        looks[threading.get_ident()] += 1
+        if looks[threading.get_ident()] <= 2:
+            both.wait()
+        return found
+
+    def create(*arguments: Any) -> Any:
+        made = real_create(*arguments)
+        both.wait()
+        return made
+
+    def join_and_publish() -> None:
+        arena = join(name)
+        joined.append(arena)
+        filled.append(arena.filled)
+        arena.publish()
+
+    monkeypatch.setattr(shared_arena, "_look", look)
+    monkeypatch.setattr(shared_memory, "create", create)
+    threads = [threading.Thread(target=join_and_publish) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(filled) == [False, True]
+    assert len(shared_memory.find(name)) == 1
+
+
+def test_only_its_user_may_open_the_memory(name: str) -> None:
+    arena = join(name)
+    (memory,) = shared_memory.find(name)
+    assert os.fstat(memory.fd).st_mode & 0o777 == 0o600
+    arena.close()
 
 
 def test_two_arenas_of_one_process_and_of_other_names_are_apart(name: str) -> None:
@@ -194,7 +241,8 @@ def test_when_the_filler_is_killed_another_fills_from_zeros(
     first.run(write)
     second.start(join_and_map, name)
     third.start(join_and_map, name)
-    assert not second.has_result(0.3)
+    assert is_kept_waiting(second, name)
+    assert is_kept_waiting(third, name)
     assert first.kill() == -signal.SIGKILL
     while not (second.has_result(0.05) or third.has_result(0.05)):
         pass
@@ -206,6 +254,10 @@ def test_when_the_filler_is_killed_another_fills_from_zeros(
     filler.run(publish)
     assert waiting.result() is True
     assert waiting.run(seed_read) == 5
+
+
+def are_own(state: State) -> bool:
+    return not any(image.shared for image in state["images"])
 
 
 def first_byte_is_zero(state: State) -> bool:
@@ -239,9 +291,14 @@ def test_what_was_not_published_is_filled_by_the_next(peers: list[Peer], name: s
     first.run(join_and_map, name)
     first.run(write)
     second.start(join_and_map, name)
+    assert is_kept_waiting(second, name)
     first.run(close)  # its images are still there
     assert second.result() is False
     assert second.run(first_byte_is_zero)
+    second.run(write, 5)
+    assert first.run(seed_read) == 0
+    assert first.run(are_own)
+    assert len(shared_memory.find(name)) == 1
 
 
 def test_nothing_is_left_when_the_last_one_ends(mortal: Callable[[], Peer], name: str) -> None:
@@ -272,7 +329,7 @@ def test_a_child_made_by_fork_does_not_go_on_filling_for_a_dead_parent(
     try:
         second = peers[0]
         second.start(join_and_map, name)
-        assert not second.has_result(0.3)
+        assert is_kept_waiting(second, name)
         first.kill()
         assert second.has_result(10)
         assert second.result() is False

@@ -168,18 +168,22 @@ def _meet(name: str, contents: Contents) -> SharedMemory:
         if not offers:
             own = shared_memory.create(name, contents.offsets[-1])
             continue
-        if own is not None and offers[0].inode < own.inode:
+        inode, pid = offers[0]
+        if own is not None and inode < own.inode:
             own = None
         if time.monotonic() > give_up:
             raise ShareError(
-                f"process {offers[0].pid} began to make the shared arena {name!r} and stands still "
+                f"process {pid} began to make the shared arena {name!r} and stands still "
                 f"for {MEET_SECONDS:.0f} s now"
             )
         time.sleep(POLL_SECONDS)
 
 
-def _look(name: str, own: SharedMemory | None) -> tuple[SharedMemory | None, list[SharedMemory]]:
-    """The settled arena of this name, if there is one, and what others offer."""
+def _look(name: str, own: SharedMemory | None) -> tuple[SharedMemory | None, list[tuple[int, int]]]:
+    """The settled arena of this name, if there is one, and what others offer, the lowest first.
+
+    Offers are (inode, pid), and not held: what is taken back is to go.
+    """
     offers = []
     for memory in shared_memory.find(name):
         if own is not None and memory.inode == own.inode:
@@ -187,7 +191,7 @@ def _look(name: str, own: SharedMemory | None) -> tuple[SharedMemory | None, lis
         # Who offers holds the lock: an offer that can be locked was taken back, or its maker died,
         # or it was settled since.
         if state_of(memory) == UNSETTLED and not memory.try_lock():
-            offers.append(memory)
+            offers.append((memory.inode, memory.pid))
         elif state_of(memory) in (FILLING, READY):
             memory.unlock()
             return memory, []
