@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from wanoffload.errors import HostMemoryError, WrapError
+from wanoffload.facts.look import look
+from wanoffload.facts.published import PUBLISHED
 from wanoffload.host_tiers import (
     CHUNK_BYTES,
     DISK,
@@ -141,3 +144,19 @@ def test_auto_never_takes_more_than_there_is_and_locks_as_much_as_it_may() -> No
         if len(set(sizes)) == 1 and {PINNED} < set(plan.tiers):
             # with one more page-locked it would have been too much
             assert locked + plan.ring_bytes + sizes[0] > min(limit, lockable)
+
+
+@pytest.mark.parametrize("model", [name for name in PUBLISHED if name.startswith("Wan-AI/")])
+def test_the_table_of_host_memory_in_the_readme_is_what_is_taken(model: str) -> None:
+    cells = []
+    for host in (PINNED, PAGEABLE, DISK):
+        plans = [
+            (list(dit.block_bytes), decide(list(dit.block_bytes), host)) for dit in look(model).dits
+        ]
+        cells.append(f"{sum(host_bytes(sizes, plan) for sizes, plan in plans) / 1e9:.2f}")
+    short = (
+        model.removeprefix("Wan-AI/").removesuffix("iffusers").removesuffix("-D").removesuffix("-d")
+    )
+    rows = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+    (row,) = [row for row in rows if row.endswith(f" | {' | '.join(cells)} |")]
+    assert short in row
