@@ -320,8 +320,10 @@ def test_what_it_is_planned_by_is_what_is_loaded(
     assert of_files.dits == of_pipeline.dits
     assert of_files.vae == of_pipeline.vae
     assert of_files.text_encoder.bytes == of_pipeline.text_encoder.bytes
+    if dtype is None:  # values are cast: the second plan knows that no block can stay on disk
+        assert (of_files.blocks_in_files, of_pipeline.blocks_in_files) == (True, False)
     assert replace(of_files, name="", image_encoder=None) == replace(
-        of_pipeline, name="", image_encoder=None
+        of_pipeline, name="", image_encoder=None, blocks_in_files=True
     )
 
 
@@ -744,11 +746,21 @@ def test_one_that_can_not_be_enabled_is_refused_before_anything_is_loaded(
         load_it(saved("a14b"), transformer=expert)
 
 
-def test_weights_of_another_dtype_can_not_stay_on_disk(saved: Any, watch: Watch) -> None:
+def test_weights_of_another_dtype_can_not_stay_on_disk(
+    saved: Any, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is found out before anything is loaded."""
+    monkeypatch.setattr(pipeline_source.Source, "assemble", None)
     message = refusal(
         saved("a14b"), watch, wanoffload.WrapError, host="disk", torch_dtype=torch.float16
     )
     assert "host='disk' is not to be had here" in message
+    monkeypatch.setattr(cost, "READ_AHEAD_BYTES", 1000)
+    short = replace(CARD, host_memory=(1 << 30) + 200_000)
+    message = refusal(
+        saved("a14b"), watch, wanoffload.HostMemoryError, hardware=short, torch_dtype=torch.float16
+    )
+    assert "nothing that is permitted fits" in message
 
 
 # What it costs.

@@ -25,7 +25,7 @@ class Weights(Protocol):
     `in_files` once for each unit whose image is not there yet, and `undo` in place of what is left
     when something fails."""
 
-    def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
+    def why_not_in_files(self, unit: Unit) -> str | None:
         """What keeps the unit's image from standing in a file, as the disk tier needs it."""
 
     def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:
@@ -67,7 +67,7 @@ class OwnTensors:
         self._moved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._came_from: list[list[torch.device]] = []  # for each unit, its tensors' devices
 
-    def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
+    def why_not_in_files(self, unit: Unit) -> str | None:
         return "the weights of this model are in memory, and in no file: give cache=FILE"
 
     def in_files(self, unit: Unit, layout: ImageLayout) -> NoReturn:

@@ -198,7 +198,7 @@ def _plan(
     )
     room = weights.room(found, layouts)
     lockable = room - int(host_memory.to_be_had() * NOT_LOCKED)
-    reasons = [weights.why_not_in_files(u, own) for u, own in zip(found, layouts, strict=True)]
+    reasons = [weights.why_not_in_files(unit) for unit in found]
     plan = assign(what, sizes, host, room, lockable, reasons, shared)
     logger.info("%s: %s", what, plan.sentence)
     return plan

@@ -39,7 +39,7 @@ class CachedWeights:
         self._identity = identity_of(model, files)
         self._cache: CacheFile | None = None
 
-    def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> None:
+    def why_not_in_files(self, unit: Unit) -> None:
         """Every unit can stand in the cache file."""
 
     def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:

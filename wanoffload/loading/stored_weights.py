@@ -47,7 +47,7 @@ class StoredWeights:
         self._states: dict[Path, Identity] = {}
         self._direct = False  # the page cache has no room for the files beside the images
 
-    def why_not_in_files(self, unit: Unit, layout: ImageLayout) -> str | None:
+    def why_not_in_files(self, unit: Unit) -> str | None:
         for name in _names([unit]):
             if self._is_cast(name):
                 return (

@@ -10,6 +10,7 @@ import torch
 from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.loading.describing import Described
 from wanoffload.loading.stored_weights import StoredWeights
+from wanoffload.units import find_units
 from wanoffload.weights import Weights
 
 
@@ -21,6 +22,14 @@ class Unread:
     files: tuple[Path, ...]
     cache: Path | None = None
     share: str | None = None
+
+    def why_not_in_files(self) -> str | None:
+        """What keeps some block from standing on disk."""
+        if self.cache is not None:
+            return None
+        stored = StoredWeights(self.described, torch.device("cpu"))
+        reasons = (stored.why_not_in_files(unit) for unit in find_units(self.described.module))
+        return next((reason for reason in reasons if reason is not None), None)
 
     def weights(self, device: torch.device) -> Weights:
         """The weights, to be read once."""

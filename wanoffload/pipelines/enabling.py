@@ -70,7 +70,7 @@ def enable(
         device: where it computes. Default: the current CUDA device, else the CPU, where the same
             engine runs on threads.
         host: where the blocks of a streamed DiT stand on the host, as of `wrap`. What waits on the
-            host as a whole, or is part of an encoder, is page-locked or in ordinary memory.
+            host as a whole is page-locked; blocks of a streamed encoder stand as with "auto".
         host_budget: bytes, or text such as "40GiB": what all components together may take of the
             host's memory; streamed DiTs share by their bytes what others leave. Default: what is to
             be had.

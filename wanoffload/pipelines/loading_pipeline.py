@@ -104,6 +104,13 @@ def load_pipeline(
     require_fit(plan, machine, choice)
     streamed = [n for n in source.transformers() if treatment(plan, n).kind == STREAMED]
     unread = {name: source.describe(name, folder, share) for name in streamed}
+    reasons = [why for each in unread.values() if (why := each.why_not_in_files()) is not None]
+    if reasons and choice.kind == DISK:
+        raise WrapError(f"host='disk' is not to be had here: {reasons[0]}")
+    if reasons and in_files:  # then the plan must do without
+        in_files = False
+        known = replace(known, blocks_in_files=False)
+        require_fit(acting.decide(known, workload, machine, mode, choices), machine, choice)
     pipe = source.assemble(unread)
     try:
         known = facts or replace(look(pipe), blocks_in_files=in_files and bool(unread))
