@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from wanoffload.errors import (
 )
 from wanoffload.host_tensor import (
     HostTensor,
+    in_turn,
     move,
     ordinary_tensors,
     set_free,
@@ -77,6 +79,7 @@ class Binding(hooks.Attached):
         self.index = -1  # in the engine
         self.weights: list[HostTensor] = []
         self.tensors: weakref.WeakValueDictionary[int, HostTensor] = weakref.WeakValueDictionary()
+        self.turn = threading.RLock()
         # (the _parameters of the owner, its key, the number of the weight), one an entry
         self._places: list[tuple[dict[str, Any], str, int]] = [
             (entry.owner._parameters, entry.key, number)
@@ -151,8 +154,11 @@ class Binding(hooks.Attached):
 
         Raises HostMemoryError, or TransferError if it can't be read; nothing has changed then.
         """
-        if self.owned:
-            return
+        with self.turn:
+            if not self.owned:
+                self._bring_into_memory()
+
+    def _bring_into_memory(self) -> None:
         host_memory.require(self.layout.nbytes, f"bringing {self.name} into memory, to change it,")
         if isinstance(self.image, HostImage):
             self._leave_the_others(self.image)
@@ -204,8 +210,9 @@ class Binding(hooks.Attached):
             self.weights[number].check_fits(new)
         except WeightChangeError as error:
             raise WeightChangeError(f"{name} was replaced: {error}") from None
-        self.before_write()
-        with ordinary_tensors():
+        hosts = [t for t in (self.weights[number], new) if isinstance(t, HostTensor)]
+        with in_turn(hosts), ordinary_tensors():
+            self.before_write()
             plain = image.host_view(self.layout.specs[number], self.image)
             weight = HostTensor.parameter(plain, self, new.requires_grad)
             self.weights[number] = weight
@@ -213,7 +220,7 @@ class Binding(hooks.Attached):
                 if which == number:
                     parameters[key] = weight
             set_free([t for t in shares_memory_with(weight, self) if t is not weight])
-            plain.copy_(new.plain if isinstance(new, HostTensor) else new)
+            plain.copy_(new.checked() if isinstance(new, HostTensor) else new)
         logger.debug("%s was replaced; its value was taken in", name)
 
     def _replacement(self, number: int, name: str) -> Tensor:
@@ -266,11 +273,12 @@ class Binding(hooks.Attached):
     def before_write(self) -> None:
         """Fences the engine: no copy reads the image from here on, and none counts that did."""
         self.offloader.refuse_other_thread(f"{self.name} was written to")
-        self._fingerprint = None
-        if not self.owned:
-            self.take_ownership()  # which fences it too
-        elif self.index >= 0:
-            self.offloader.invalidate(self.index)
+        with self.turn:
+            self._fingerprint = None
+            if not self.owned:
+                self.take_ownership()  # which fences it too
+            elif self.index >= 0:
+                self.offloader.invalidate(self.index)
 
     def reader_in_forward(self) -> bool:
         return self.offloader.in_forward()

@@ -8,9 +8,10 @@ prefetched from them is forgotten, and what stands in a file comes into memory.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ class WeightGuard(Protocol):
     name: str
     tensors: weakref.WeakValueDictionary[int, HostTensor]
     """Every host tensor of the unit that somebody holds, by its id."""
+    turn: threading.RLock
+    """Held while the unit's host bytes are used or move, so that no thread meets them half-way."""
 
     def before_read(self) -> None:
         """The unit's host bytes are about to be read. Raises if they are not what they were."""
@@ -103,10 +106,12 @@ class HostTensor(torch.Tensor):
         self.check_fits(value)
         if value.data_ptr() == self.data_ptr() and value.stride() == self.stride():
             return
-        if self._guard is not None:
-            self._guard.before_write()
-            set_free([t for t in shares_memory_with(self, self._guard) if t is not self])
-        with ordinary_tensors():
+        guard = self._guard
+        hosts = [self, value] if isinstance(value, HostTensor) else [self]
+        with in_turn(hosts), ordinary_tensors():
+            if guard is not None:
+                guard.before_write()
+                set_free([t for t in shares_memory_with(self, guard) if t is not self])
             self._plain.copy_(value._plain if isinstance(value, HostTensor) else value)
 
     def check_fits(self, value: Tensor) -> None:
@@ -137,19 +142,24 @@ class HostTensor(torch.Tensor):
     ) -> Any:
         return _dispatch(func, args, kwargs or {})
 
-    def _checked(self) -> Tensor:
-        """The plain tensor, about to be read."""
+    def checked(self) -> Tensor:
+        """`plain`, about to be read. Raises TransferError if a file is not what it was."""
         if self._guard is not None:
             self._guard.before_read()
         return self._plain
 
     def data_ptr(self) -> int:
-        self._checked()
+        self.checked()
         return super().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """As `Tensor.untyped_storage`, for reading: writes through it could not be noticed."""
+        self.checked()
+        return super().untyped_storage()
 
     def numpy(self, *, force: bool = False) -> Any:
         """A read-only array over the same memory: writes through numpy could not be noticed."""
-        array = self._checked().detach().numpy(force=force)
+        array = self.checked().detach().numpy(force=force)
         array.flags.writeable = False
         return array
 
@@ -158,16 +168,16 @@ class HostTensor(torch.Tensor):
         return array.copy() if copy else array
 
     def tolist(self) -> Any:
-        return self._checked().tolist()
+        return self.checked().tolist()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = self._ordinary(self._checked().detach().clone())
+            memo[id(self)] = self._ordinary(self.checked().detach().clone())
         copy: Tensor = memo[id(self)]
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._ordinary(self._checked()).__reduce_ex__(protocol)
+        return self._ordinary(self.checked()).__reduce_ex__(protocol)
 
     def _ordinary(self, plain: Tensor) -> Tensor:
         if isinstance(self, torch.nn.Parameter):
@@ -175,7 +185,7 @@ class HostTensor(torch.Tensor):
         return plain
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"HostTensor({self._plain!r})"
+        return f"HostTensor({self.checked()!r})"
 
 
 def shares_memory_with(tensor: HostTensor, guard: WeightGuard) -> list[HostTensor]:
@@ -206,6 +216,17 @@ def move(tensors: list[HostTensor], storage: torch.UntypedStorage) -> None:
 
 
 @contextmanager
+def in_turn(hosts: Iterable[HostTensor]) -> Iterator[None]:
+    """The units of these tensors are this thread's, all in one order, so that nobody waits for
+    ever."""
+    guards = {id(guard): guard for t in hosts if (guard := t._guard) is not None}
+    with ExitStack() as stack:
+        for _, guard in sorted(guards.items()):
+            stack.enter_context(guard.turn)
+        yield
+
+
+@contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """Tensors made here are ordinary, also if the caller is in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
@@ -218,7 +239,7 @@ def _identity(value: Tensor) -> Tensor:
 
 def _reduce_for_another_process(tensor: HostTensor) -> Any:
     """Sends a copy: torch moves what it sends to another process into shared memory."""
-    return _identity, (tensor._ordinary(tensor._checked().detach().clone()),)
+    return _identity, (tensor._ordinary(tensor.checked().detach().clone()),)
 
 
 ForkingPickler.register(HostTensor, _reduce_for_another_process)
@@ -253,15 +274,16 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"{func} would change the shape of an offloaded weight in place; "
             "call wanoffload.unwrap() first"
         )
-    for guard in {id(t._guard): t._guard for t in written}.values():
-        if guard is not None:
-            guard.before_write()
-    if func is not torch.ops.aten.detach.default:  # which looks at no value
-        for guard in {id(t._guard): t._guard for t in hosts}.values():
+    with in_turn(hosts):
+        for guard in {id(t._guard): t._guard for t in written}.values():
             if guard is not None:
-                guard.before_read()
-    results = func(*_to_plain(args, bool(written)), **_to_plain(kwargs, bool(written)))
-    return _from_plain(results, hosts, is_copy=func is torch.ops.aten.clone.default)
+                guard.before_write()
+        if func is not torch.ops.aten.detach.default:  # which looks at no value
+            for guard in {id(t._guard): t._guard for t in hosts}.values():
+                if guard is not None:
+                    guard.before_read()
+        results = func(*_to_plain(args, bool(written)), **_to_plain(kwargs, bool(written)))
+        return _from_plain(results, hosts, is_copy=func is torch.ops.aten.clone.default)
 
 
 def _to_plain(values: Any, to_host: bool) -> Any:
