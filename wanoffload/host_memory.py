@@ -43,33 +43,34 @@ def cgroup_headroom(root: Path = CGROUP) -> tuple[int, int] | None:
     Pages that only cache files count as left: the kernel gives them back first.
     """
     versions = (
-        (root, "", "memory.max", "memory.current", "inactive_file"),
+        (root, "", "memory.max", "memory.current", ""),
         (
             root / "memory",
             "memory",
             "memory.limit_in_bytes",
             "memory.usage_in_bytes",
-            "total_inactive_file",
+            "total_",
         ),
     )
     found: list[tuple[int, int]] = []
-    for base, controller, limit_file, usage_file, cache_key in versions:
+    for base, controller, limit_file, usage_file, prefix in versions:
         folder = base / _own_group(controller).lstrip("/")
         for group in (folder, *folder.parents):
             if not group.is_relative_to(base):
                 break
             limit, usage = _number(group / limit_file), _number(group / usage_file)
             if limit is not None and usage is not None and limit < 1 << 60:
-                found.append((limit, limit - usage + _cached(group / "memory.stat", cache_key)))
+                found.append((limit, limit - usage + _cached(group / "memory.stat", prefix)))
     return min(found, key=lambda pair: pair[1]) if found else None
 
 
-def _cached(path: Path, key: str) -> int:
+def _cached(path: Path, prefix: str) -> int:
+    """Bytes that only cache files: a checkpoint that was read twice counts as active."""
     try:
         rows = dict(line.split() for line in path.read_text().splitlines())
     except (OSError, ValueError):
         return 0
-    return int(rows.get(key, 0))
+    return sum(int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
 
 
 def available_bytes() -> int:

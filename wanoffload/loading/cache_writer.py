@@ -35,7 +35,8 @@ def write_cache(
     """Writes a cache file and gives its header. Takes host memory for one unit at a time.
 
     Several processes may write the same file: each writes one of its own, under a name of its own,
-    and the first that is whole stays. Whatever fails, and however, nothing is left.
+    and the first that is whole stays. Whatever fails, nothing is left; a process that is killed
+    leaves `<name>.<hex>.tmp`.
 
     Raises CacheFileError: too little space (looked at before), or it can't be written, or `files`,
     of which `identity` is, changed meanwhile.
