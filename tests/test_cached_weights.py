@@ -21,6 +21,7 @@ from tests.small_models import MODELS, forward
 from tests.test_cache_file import Parts, flip, largest_file, only
 from tests.test_checkpoint import WEIGHTS, assert_same, save
 from tests.test_load import KIND, Watch, both, on, open_files
+from wanoffload import host_memory, wrapping
 from wanoffload._C import HostImage
 from wanoffload.host_tensor import HostTensor
 from wanoffload.host_tiers import HostPlan
@@ -360,6 +361,22 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
         load_it(folder, cache)
     only(cache.parent)
     watch.assert_nothing_is_held()
+
+
+def test_an_undo_that_has_too_little_memory_hides_no_error_and_loses_no_value(
+    cache: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupt(_: object) -> None:
+        monkeypatch.setattr(host_memory, "available_bytes", lambda: 0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wrapping._Wrapping, "_connect", interrupt)
+    model = KIND.make()
+    with pytest.raises(KeyboardInterrupt):
+        wanoffload.wrap(model, cache=cache, device="cpu", host="disk")
+    assert "blocks.2 stays where it is: bringing blocks.2 into" in caplog.text
+    for name, value in KIND.make().state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("host", TIERS)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from wanoffload import host_memory, image
 from wanoffload._C import FileImage, HostBackend, HostImage, HostStore
 from wanoffload.binding import Binding
+from wanoffload.errors import OffloadError
 from wanoffload.host_tiers import HostPlan
 from wanoffload.image import ImageLayout, Lock
 from wanoffload.units import Unit, tie_key
+
+logger = logging.getLogger(__name__)
 
 Identity = dict[str, Any]
 
@@ -129,9 +133,15 @@ class OwnTensors:
             torch.cuda.empty_cache()  # the blocks' memory belongs to others now
 
     def undo(self, bound: list[Binding]) -> None:
+        """What stands in a file and can't be brought back stays there, readable, and is told of:
+        the error that led here is the one that counts."""
         for binding, devices in zip(bound, self._came_from, strict=False):
             binding.unlock()
-            binding.give_back()
+            try:
+                binding.give_back()
+            except OffloadError as error:
+                logger.error("%s stays where it is: %s", binding.name, error)
+                continue
             for group, device in zip(binding.unit.groups, devices, strict=True):
                 parameter = group[0].tensor
                 parameter.data = parameter.data.to(device)
