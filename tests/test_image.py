@@ -65,7 +65,8 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 def stored(values: list[torch.Tensor], lock: bool) -> tuple[image.ImageLayout, Any]:
     layout = image.lay_out((str(i), tensor) for i, tensor in enumerate(values))
     memory = HostStore(HostBackend()).allocate(layout.nbytes)
-    image.write_image(memory, layout, values, lock)
+    locking = (lambda image, _: image.lock()) if lock else image.leave_unlocked
+    image.write_image(memory, layout, values, locking)
     return layout, memory
 
 
