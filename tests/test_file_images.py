@@ -232,6 +232,20 @@ def test_the_ring_takes_whole_blocks_wherever_the_bytes_begin(tmp_path: Path) ->
     rig.engine.close()
 
 
+def test_a_unit_is_not_ready_before_its_slowest_chunk_is_there(tmp_path: Path) -> None:
+    """The last chunk, of four bytes, is read long before the first one, of eight MiB."""
+    chunk = 8 << 20
+    nbytes = chunk - 4096 + 4
+    content = a_file(tmp_path / "f", nbytes)
+    for _ in range(10):
+        drop_from_page_cache(tmp_path / "f")
+        rig = Rig(slots=1, depth=0, slot_bytes=nbytes, chunk=chunk)
+        extent = (SourceFile(str(tmp_path / "f")), 0, nbytes, 0)
+        rig.engine.add_unit(FileImage([extent], nbytes))
+        assert rig.use(0, nbytes) == content
+        rig.engine.close()
+
+
 def test_o_direct_refused_in_the_middle_changes_no_byte(tmp_path: Path) -> None:
     nbytes = 20 * CHUNK
     content = a_file(tmp_path / "f", nbytes + 100)
