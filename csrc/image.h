@@ -5,8 +5,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace wanoffload {
+
+// A packed image (docs/packing.md) consists of a head and chunks, each unpacked by itself.
+struct PackedChunk {
+  std::size_t offset, bytes;  // of the packed image
+  std::uint32_t blocks;       // what it takes to unpack it: groups of threads
+};
+struct Packing {
+  std::size_t plain_bytes;
+  std::size_t head_bytes;
+  std::size_t largest_chunk;
+  std::vector<PackedChunk> chunks;  // in the order of the image
+};
 
 // One unit's bytes, wherever they are. Their number never changes.
 class Image {
@@ -17,6 +30,13 @@ class Image {
   virtual ~Image() = default;
 
   [[nodiscard]] std::size_t bytes() const { return bytes_; }
+  // How the bytes are packed; null if they are plain.
+  [[nodiscard]] virtual const Packing* packing() const { return nullptr; }
+  // What the unit takes in a slot.
+  [[nodiscard]] std::size_t plain_bytes() const {
+    const Packing* const packed = packing();
+    return packed != nullptr ? packed->plain_bytes : bytes();
+  }
   // Where the bytes stand if they are page-locked, else null.
   [[nodiscard]] virtual const std::byte* locked_data() const = 0;
   [[nodiscard]] bool locked() const { return locked_data() != nullptr; }
