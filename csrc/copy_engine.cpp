@@ -146,9 +146,8 @@ void CopyEngine::unpack(Transfer& transfer, const PackedChunk& chunk) {
   const StagingRing::Place place = *transfer.place_;
   transfer.place_.reset();  // whatever comes of it
   staging_->unpack(place,
-                   {place.address, chunk.bytes, transfer.destination,
-                    transfer.image->plain_bytes(), chunk.blocks, transfer.spoilt_,
-                    transfer.generation},
+                   {place.address, chunk.bytes, transfer.destination, transfer.image->plain_bytes(),
+                    chunk.blocks, transfer.spoilt_, transfer.generation},
                    stream());
 }
 

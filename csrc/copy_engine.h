@@ -58,7 +58,7 @@ class Transfer {
   StreamHandle unread_on_ = 0;  // where the place was written since it was read; 0: nowhere
 
   // of whoever enqueues its bytes, one thread at a time
-  bool begun_ = false;          // the stream that writes to the destination waits for wait_for
+  bool begun_ = false;           // the stream that writes to the destination waits for wait_for
   std::size_t next_packed_ = 0;  // the chunk of the packing that is copied next, or further
   std::optional<StagingRing::Place> place_;  // where that chunk is, if it was begun
 

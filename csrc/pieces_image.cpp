@@ -36,9 +36,9 @@ PiecesImage::PiecesImage(std::vector<ImagePiece> pieces, std::size_t bytes)
 void PiecesImage::read(std::size_t offset, std::size_t bytes, std::byte* destination) const {
   const std::size_t end = offset + bytes;
   std::size_t at = offset;
-  auto piece = std::partition_point(
-      pieces_.begin(), pieces_.end(),
-      [&](const ImagePiece& each) { return each.offset + each.bytes <= offset; });
+  auto piece = std::partition_point(pieces_.begin(), pieces_.end(), [&](const ImagePiece& each) {
+    return each.offset + each.bytes <= offset;
+  });
   for (; piece != pieces_.end() && piece->offset < end; ++piece) {
     const std::size_t begin = std::max(at, piece->offset);
     const std::size_t count = std::min(end, piece->offset + piece->bytes) - begin;

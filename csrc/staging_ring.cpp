@@ -11,8 +11,9 @@ constexpr std::size_t kAlignment = 16;  // what unpacking reads at once
 
 const StagingMemory& checked(const StagingMemory& memory) {
   if (memory.slots.size() < 2) {
-    throw UsageError("staging memory needs two slots at least: one is copied into while another "
-                     "is unpacked from");
+    throw UsageError(
+        "staging memory needs two slots at least: one is copied into while another "
+        "is unpacked from");
   }
   for (const DeviceAddress address : memory.slots) {
     if (address % kAlignment == 0) continue;

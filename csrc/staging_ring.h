@@ -16,9 +16,10 @@ struct StagingMemory {
   std::size_t slot_bytes = 0;
 };
 
-// free -> open -> unpacking -> free. On the host a slot belongs from open() to unpack() or abandon()
-// to one transfer. On the device two events order it, as they order a device slot: unpacking waits
-// for `staged`, the next copy into the slot waits for `free`. Any thread may call any method.
+// free -> open -> unpacking -> free. On the host a slot belongs from open() to unpack() or
+// abandon() to one transfer. On the device two events order it, as they order a device slot:
+// unpacking waits for `staged`, the next copy into the slot waits for `free`. Any thread may call
+// any method.
 //
 // Slots are taken in turn, so copies run ahead of unpacking by as much as there is memory.
 class StagingRing {
@@ -50,8 +51,8 @@ class StagingRing {
   enum class Read : std::uint8_t { kNever, kUnrecorded, kRecorded };
   struct Slot {
     DeviceAddress address;
-    Event staged;  // behind the copy of a chunk
-    Event free;    // behind its unpacking
+    Event staged;              // behind the copy of a chunk
+    Event free;                // behind its unpacking
     Read read = Read::kNever;  // whether it was unpacked from, and `free` stands behind that
   };
 

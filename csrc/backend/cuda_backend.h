@@ -18,8 +18,9 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override;
 
   // Takes the kernel that unpacks (kernels/unpack.py), compiled for this device, from here on.
-  // `threads` of a block, `shared_bytes` of its dynamic shared memory. Its parameters: chunk, image,
-  // chunk bytes, image bytes, 64 bits each; any that follow are given null. Throws BackendError.
+  // `threads` of a block, `shared_bytes` of its dynamic shared memory. Its parameters: chunk,
+  // image, chunk bytes, image bytes, 64 bits each; any that follow are given null. Throws
+  // BackendError.
   void load_unpack_kernel(std::span<const std::byte> cubin, const std::string& name,
                           unsigned threads, unsigned shared_bytes);
 

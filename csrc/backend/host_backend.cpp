@@ -118,9 +118,8 @@ void copy_at_rate(DeviceAddress destination, const void* source, std::size_t byt
 
 void unpack_after(const UnpackJob& job, double delay_us) {
   if (delay_us > 0) std::this_thread::sleep_for(microseconds(delay_us));
-  const bool sound =
-      unpack_chunk(reinterpret_cast<const std::byte*>(job.chunk), job.chunk_bytes,
-                   reinterpret_cast<std::byte*>(job.image), job.image_bytes);
+  const bool sound = unpack_chunk(reinterpret_cast<const std::byte*>(job.chunk), job.chunk_bytes,
+                                  reinterpret_cast<std::byte*>(job.image), job.image_bytes);
   if (!sound && job.spoilt) *job.spoilt = job.fill;
 }
 
