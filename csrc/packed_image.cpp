@@ -66,8 +66,10 @@ PackedImage::PackedImage(ImagePtr stored)
 
 Packing PackedImage::read_packing() const {
   std::vector<ChunkEntry> entries(head_.chunks);
-  stored_->read(sizeof(Head), entries.size() * sizeof(ChunkEntry),
-                reinterpret_cast<std::byte*>(entries.data()));
+  if (!entries.empty()) {
+    stored_->read(sizeof(Head), entries.size() * sizeof(ChunkEntry),
+                  reinterpret_cast<std::byte*>(entries.data()));
+  }
   Packing packing{head_.plain_bytes, head_bytes(head_.chunks), 0, {}};
   std::size_t end = packing.head_bytes;
   std::size_t blocks = 0;
