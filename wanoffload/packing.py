@@ -5,26 +5,32 @@ docs/packing.md is the format.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from wanoffload import host_memory, image
-from wanoffload._C import HostBackend, HostImage, HostStore, Packer
-from wanoffload.image import ImageLayout, TensorSpec
+from wanoffload._C import HostBackend, HostImage, HostStore, Image, PackedImage, Packer
+from wanoffload.errors import TransferError
+from wanoffload.image import ImageLayout, Lock, TensorSpec, leave_unlocked
 from wanoffload.units import Unit
+
+if TYPE_CHECKING:
+    from wanoffload.weights import Weights
 
 TILE_BYTES = 2048
 RUN_BYTES = 4 << 20
 ESTIMATED_RATIO = 0.72
 """Of a tensor of bf16, packed, to itself: weights as they are trained, and drawn from a normal
 distribution, take 0.70 to 0.71; a few exact zeros, tails and heads a little more."""
+_HEAD = struct.Struct("<8sIIQQ")
+HEAD_BYTES = _HEAD.size
 _A_RUN_AND_ITS_CHUNK = 16 + 48 + 16 + 256  # in the head and in the chunk, with what is rounded up
 
 Allocate = Callable[[int], HostImage]
 """Gives new memory of so many bytes. Raises HostMemoryError."""
-PlainFill = Callable[[Unit, ImageLayout, HostImage], None]
-"""Writes the tensors of a unit to their places in a new image."""
 
 
 def packs(layout: ImageLayout) -> bool:
@@ -50,8 +56,16 @@ def most_bytes(layout: ImageLayout) -> int:
 
 
 def pack_on_host(layout: ImageLayout, plain: HostImage, store: HostStore) -> HostImage:
-    """The packed image of a plain one, in memory of its exact size, by all cores."""
-    return pack_into(layout, plain, store.allocate)
+    """The packed image of a plain one, in memory of its exact size, by all cores.
+
+    Raises HostMemoryError if there is too little.
+    """
+
+    def allocate(nbytes: int) -> HostImage:
+        host_memory.require(nbytes, "a packed image")
+        return store.allocate(nbytes)
+
+    return pack_into(layout, plain, allocate)
 
 
 def pack_into(layout: ImageLayout, plain: HostImage, allocate: Allocate) -> HostImage:
@@ -62,22 +76,49 @@ def pack_into(layout: ImageLayout, plain: HostImage, allocate: Allocate) -> Host
     return memory
 
 
-class HostPacking:
-    """Packs units one at a time, each from a plain image that lives as long as that takes."""
+def packed_size(head: bytes) -> int:
+    """Bytes of the packed image that begins with these HEAD_BYTES."""
+    magic, _, _, _, nbytes = _HEAD.unpack(head)
+    if magic != b"WOPACKED":
+        raise TransferError("these bytes are no packed image")
+    return int(nbytes)
 
-    def __init__(self, fill: PlainFill) -> None:
-        self._fill = fill
+
+def stored_image(stored: Image) -> Image:
+    """What an image's bytes stand in: of a packed one, what is below it."""
+    return stored.stored if isinstance(stored, PackedImage) else stored
+
+
+class Packing(Protocol):
+    """Packs the units of a model, in order. One thread."""
+
+    def pack(self, unit: Unit, layout: ImageLayout, allocate: Allocate, lock: Lock) -> HostImage:
+        """The unit's packed image, in memory that `allocate` gives. Calls `lock` on it."""
+
+    def close(self) -> None:
+        """Ends what was begun: nothing reads the weights any more. Idempotent."""
+
+
+class HostPacking:
+    """By the CPU's cores, each unit from a plain image that lives as long as that takes."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
         self._store = HostStore(HostBackend())
 
-    def pack(self, unit: Unit, layout: ImageLayout, allocate: Allocate) -> HostImage:
-        """The unit's packed image, in memory that `allocate` gives."""
-        host_memory.require(layout.nbytes, f"{unit.name}, while it is packed,")
-        plain = self._store.allocate(layout.nbytes)  # a new one: between its tensors are zeros
-        self._fill(unit, layout, plain)
-        return pack_into(layout, plain, allocate)
+    def pack(self, unit: Unit, layout: ImageLayout, allocate: Allocate, lock: Lock) -> HostImage:
+        memory = pack_into(layout, self._plain(unit, layout), allocate)
+        lock(memory, False)
+        return memory
 
     def close(self) -> None:
         """Nothing is held between units."""
+
+    def _plain(self, unit: Unit, layout: ImageLayout) -> HostImage:
+        host_memory.require(layout.nbytes, f"{unit.name}, while it is packed,")
+        plain = self._store.allocate(layout.nbytes)  # a new one: between its tensors are zeros
+        self._weights.write(unit, layout, plain, leave_unlocked)
+        return plain
 
 
 def _is_bf16(spec: TensorSpec) -> bool:

@@ -31,8 +31,8 @@ from wanoffload.step_time import StepTime
 logger = logging.getLogger(__name__)
 
 STAGING_SLOTS = 4
-"""Packed chunks on the device at once: one is copied, one unpacked, two even that out. A chunk is at
-most 39.93 MB, where every weight of it escapes (docs/packing.md), and 23.7 as weights are."""
+"""Packed chunks on the device at once: one is copied, one unpacked, two even that out. A chunk is
+39.93 MB at most, where every weight of it escapes (docs/packing.md), and 23.7 as weights are."""
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,7 @@ class CacheFile:
         """Of a unit's plain image, as it was written there. Raises what `image` does."""
         image = self.image(name)
         return (
-            image.plain_fingerprint
-            if isinstance(image, PackedImage)
-            else self.units[name].checksum
+            image.plain_fingerprint if isinstance(image, PackedImage) else self.units[name].checksum
         )
 
     def fill(self, name: str, memory: HostImage) -> None:

@@ -18,6 +18,7 @@ from wanoffload.image import ImageLayout
 from wanoffload.loading.cache_header import CacheHeader, whole_blocks
 from wanoffload.loading.cache_identity import Identity, sources_of
 from wanoffload.packing import estimated_bytes, pack_on_host
+from wanoffload.sizes import gb
 from wanoffload.units import Unit
 
 Named = TypeVar("Named")
@@ -137,8 +138,8 @@ def _require_space(path: Path, header: CacheHeader, layouts: Sequence[ImageLayou
     if nbytes > free:
         about = "about " if any(unit.packed for unit in header.units) else ""
         raise CacheFileError(
-            f"the cache file {path} takes {about}{nbytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free "
-            "there. Free some, or give a path on another disk."
+            f"the cache file {path} takes {about}{gb(nbytes)}, and {gb(free)} are free there. "
+            "Free some, or give a path on another disk."
         )
 
 

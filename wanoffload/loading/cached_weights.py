@@ -117,8 +117,9 @@ class CachedWeights:
         """The file may have been written by another process, since it was looked at."""
         for number, unit in enumerate(units):
             if cache.units[unit.name].packed != (number in plan.packed):
-                asked, there = ("plain", "packed") if number not in plan.packed else (
-                    "packed", "plain")
+                asked, there = (
+                    ("plain", "packed") if number not in plan.packed else ("packed", "plain")
+                )
                 cache.refuse(f"{unit.name} is {there} there, and asked for {asked}")
 
     def _match(

@@ -28,7 +28,9 @@ class Unread:
         if self.cache is not None:
             return None
         stored = StoredWeights(self.described, torch.device("cpu"))
-        reasons = (stored.why_not_in_files(unit, packed) for unit in find_units(self.described.module))
+        reasons = (
+            stored.why_not_in_files(unit, packed) for unit in find_units(self.described.module)
+        )
         return next((reason for reason in reasons if reason is not None), None)
 
     def weights(self, device: torch.device) -> Weights:
