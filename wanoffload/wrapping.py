@@ -195,7 +195,7 @@ def start(
         _bar(progress, units, title) as bar,
     ):
         plan = _plan(what, weights, units, layouts, packable.sizes(packed), packed, host, arena)
-        placing = Placing(weights, units, layouts, plan, host, store, arena)
+        placing = Placing(weights, units, layouts, plan, host, backend, store, arena)
         runtime = _Wrapping(
             module,
             weights,
