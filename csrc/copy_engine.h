@@ -53,8 +53,9 @@ class Transfer {
  private:
   friend class CopyEngine;
   std::uint64_t ready_generation_ = 0;  // written before settled_, read after it
-  std::shared_ptr<std::atomic<std::uint64_t>> spoilt_ =
-      std::make_shared<std::atomic<std::uint64_t>>(0);  // the last fill that was
+  static constexpr std::uint64_t kNoFill = ~std::uint64_t{0};
+  std::shared_ptr<std::atomic<std::uint64_t>> spoilt_ =  // the last fill that was
+      std::make_shared<std::atomic<std::uint64_t>>(kNoFill);
   StreamHandle unread_on_ = 0;  // where the place was written since it was read; 0: nowhere
 
   // of whoever enqueues its bytes, one thread at a time

@@ -5,8 +5,7 @@ stream; on the host backend, the calling thread), device memory an address.
 """
 
 from collections.abc import Sequence
-
-from typing_extensions import Buffer
+from typing import Any
 
 class OffloadError(RuntimeError): ...
 class BackendError(OffloadError): ...
@@ -168,8 +167,9 @@ class PackingPlan:
     weights of each bf16 tensor. Raises UsageError.
     """
 
+    # Anything with the buffer protocol, which has no type before Python 3.12.
     def __init__(
-        self, plain_bytes: int, tensors: Sequence[_PackedTensor], escapes: Buffer
+        self, plain_bytes: int, tensors: Sequence[_PackedTensor], escapes: Any
     ) -> None: ...
     @property
     def packed_bytes(self) -> int: ...
