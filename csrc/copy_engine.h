@@ -92,8 +92,8 @@ class CopyEngine {
   [[nodiscard]] StreamHandle stream() const { return stream_.handle(); }
   // Where packed images are unpacked; 0 if there is no staging memory.
   [[nodiscard]] StreamHandle unpack_stream() const { return staging_ ? staging_->stream() : 0; }
-  // Throws UsageError, with what is missing, if the image is packed and can't be brought like that.
-  void check_staging(const Image& image) const;
+  // Throws UsageError, with what is missing, if the image is packed and can't be unpacked to there.
+  void check_staging(const Image& image, DeviceAddress destination) const;
   [[nodiscard]] std::size_t ring_bytes() const { return ring_ ? ring_->locked_bytes() : 0; }
 
   // With a value, every destination, and every staging slot, is overwritten with this byte before

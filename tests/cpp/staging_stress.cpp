@@ -235,6 +235,10 @@ void what_can_not_be_staged_is_refused() {
   options.staging = {{address, address + 32}, 32};
   CopyEngine small(backend, options);
   check_throws<UsageError>([&] { small.submit(transfer); }, "staging memory that is too small");
+  options.staging.slot_bytes = image->packing()->largest_chunk;
+  transfer.destination = address + 8;
+  CopyEngine enough(backend, options);
+  check_throws<UsageError>([&] { enough.submit(transfer); }, "a place at 8");
 }
 
 }  // namespace
