@@ -5,11 +5,8 @@
 
 #include <cerrno>
 #include <cstring>
-#include <exception>
 #include <limits>
-#include <mutex>
 #include <string>
-#include <thread>
 
 #include "errors.h"
 #include "fingerprint.h"
@@ -27,8 +24,7 @@ constexpr std::size_t kMaxLockBytes = std::size_t{64} << 30;
 std::size_t round_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
 
 StoreOptions resolved(StoreOptions options) {
-  if (options.threads == 0)
-    options.threads = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+  options.threads = thread_count(options.threads);
   return options;
 }
 
@@ -188,7 +184,7 @@ void HostImage::read(std::size_t offset, std::size_t bytes, std::byte* destinati
 void HostImage::fill_from(std::vector<FileExtent> extents, ReadBy by) {
   check_writable();
   const auto pieces = split_extents(checked_extents(std::move(extents), bytes()));
-  read_in_parallel(pieces.size(), [&](std::size_t i) {
+  parallel_each(pieces.size(), options_.threads, [&](std::size_t i) {
     const FileExtent& piece = pieces[i];
     piece.file->read(piece.file_offset, piece.bytes, data_ + piece.offset, by);
   });
@@ -200,30 +196,10 @@ void HostImage::copy_from(const Image& image) {
     throw UsageError("an image of " + std::to_string(image.bytes()) +
                      " bytes does not fit one of " + std::to_string(bytes()));
   }
-  read_in_parallel((bytes() + kGrain - 1) / kGrain, [&](std::size_t i) {
+  parallel_each((bytes() + kGrain - 1) / kGrain, options_.threads, [&](std::size_t i) {
     image.read(i * kGrain, std::min(kGrain, bytes() - i * kGrain), data_ + i * kGrain);
   });
   if (!image.proven()) image.prove(fingerprint(data_, bytes(), options_.threads));
-}
-
-// Calls read(0), read(1), ... on many threads, and throws the first error.
-void HostImage::read_in_parallel(std::size_t pieces,
-                                 const std::function<void(std::size_t)>& read) const {
-  std::mutex mutex;
-  std::exception_ptr error;  // the first; what is left is then not read
-  parallel_for(pieces, 1, options_.threads, [&](std::size_t begin, std::size_t) {
-    {
-      const std::lock_guard lock(mutex);
-      if (error) return;
-    }
-    try {
-      read(begin);
-    } catch (...) {
-      const std::lock_guard lock(mutex);
-      if (!error) error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
 }
 
 void HostImage::touch() {

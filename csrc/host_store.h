@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -58,6 +57,7 @@ class HostImage final : public Image {
   // Whether other processes may read these bytes: then nobody may change them.
   [[nodiscard]] bool shared() const { return memory_ != nullptr; }
   [[nodiscard]] const std::byte* locked_data() const override { return locked_ ? data_ : nullptr; }
+  [[nodiscard]] const std::byte* host_data() const override { return data_; }
   void read(std::size_t offset, std::size_t bytes, std::byte* destination) const override;
 
   // Copies the pieces in with many threads; the first touch of the memory.
@@ -89,7 +89,6 @@ class HostImage final : public Image {
 
  private:
   void check_writable() const;
-  void read_in_parallel(std::size_t pieces, const std::function<void(std::size_t)>& read) const;
 
   const BackendPtr backend_;
   const std::size_t mapped_bytes_;

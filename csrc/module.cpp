@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <cstring>
 
 #include "backend/cuda_backend.h"
 #include "backend/host_backend.h"
@@ -11,6 +12,8 @@
 #include "file_image.h"
 #include "fingerprint.h"
 #include "host_store.h"
+#include "packed_image.h"
+#include "packer.h"
 #include "pinned_ring.h"
 #include "prefetcher.h"
 
@@ -207,6 +210,101 @@ void bind_host_store(py::module_& m) {
       py::arg("address"), py::arg("nbytes"), py::arg("threads") = 8U, NoGil());
 }
 
+// (offset, bytes, whether it is bf16)
+using TensorTuple = std::tuple<std::size_t, std::size_t, bool>;
+
+std::vector<PackedTensor> packed_tensors(const std::vector<TensorTuple>& tuples) {
+  std::vector<PackedTensor> tensors;
+  for (const auto& [offset, bytes, bf16] : tuples) tensors.push_back({offset, bytes, bf16});
+  return tensors;
+}
+
+template <class Number>
+bool take_numbers(const py::buffer_info& info, std::vector<std::uint32_t>& numbers) {
+  if (!info.item_type_is_equivalent_to<Number>()) return false;
+  const auto* at = static_cast<const std::byte*>(info.ptr);
+  for (py::ssize_t i = 0; i < info.shape[0]; ++i, at += info.strides[0]) {
+    Number number;
+    std::memcpy(&number, at, sizeof(number));
+    numbers.push_back(static_cast<std::uint32_t>(number));
+  }
+  return true;
+}
+
+std::vector<std::uint32_t> numbers_of(const py::buffer& buffer) {
+  const py::buffer_info info = buffer.request();
+  std::vector<std::uint32_t> numbers;
+  if (info.ndim != 1 ||
+      !(take_numbers<std::uint16_t>(info, numbers) || take_numbers<std::uint32_t>(info, numbers) ||
+        take_numbers<std::int32_t>(info, numbers))) {
+    throw UsageError("escapes are one row of 16-bit or 32-bit numbers");
+  }
+  return numbers;
+}
+
+py::list run_tuples(const PackingPlan& plan) {
+  py::list tuples;
+  for (const PlannedRun& run : plan.runs()) {
+    const bool plain = run.first_tile == PlannedRun::kNoTile;
+    tuples.append(py::make_tuple(
+        static_cast<std::uint32_t>(run.codec), run.plain_offset, run.plain_bytes, run.sections,
+        plain ? -1 : static_cast<py::ssize_t>(run.first_tile), run.escapes));
+  }
+  return tuples;
+}
+
+void bind_packing(py::module_& m) {
+  py::class_<PackingPlan>(m, "PackingPlan")
+      .def(py::init([](std::size_t plain_bytes, const std::vector<TensorTuple>& tensors,
+                       const py::buffer& escapes) {
+             return PackingPlan(plain_bytes, packed_tensors(tensors), numbers_of(escapes));
+           }),
+           py::arg("plain_bytes"), py::arg("tensors"), py::arg("escapes"))
+      .def_property_readonly("packed_bytes", &PackingPlan::packed_bytes)
+      .def_property_readonly("runs", &run_tuples)
+      .def(
+          "write_heads",
+          [](const PackingPlan& self, std::uintptr_t address,
+             const std::vector<std::uint64_t>& checksums) {
+            self.write_heads(reinterpret_cast<std::byte*>(address), checksums);
+          },
+          py::arg("address"), py::arg("checksums"), NoGil());
+
+  py::class_<Packer>(m, "Packer")
+      .def(py::init([](std::uintptr_t address, std::size_t plain_bytes,
+                       const std::vector<TensorTuple>& tensors, unsigned threads) {
+             return std::make_unique<Packer>(reinterpret_cast<const std::byte*>(address),
+                                             plain_bytes, packed_tensors(tensors), threads);
+           }),
+           py::arg("address"), py::arg("plain_bytes"), py::arg("tensors"), py::arg("threads") = 0U,
+           NoGil())
+      .def_property_readonly("plan", &Packer::plan, py::return_value_policy::reference_internal)
+      .def_property_readonly("packed_bytes",
+                             [](const Packer& self) { return self.plan().packed_bytes(); })
+      .def(
+          "write",
+          [](const Packer& self, std::uintptr_t address) {
+            self.write(reinterpret_cast<std::byte*>(address));
+          },
+          py::arg("address"), NoGil());
+
+  py::class_<PackedImage, Image, PackedImagePtr>(m, "PackedImage")
+      .def(py::init<ImagePtr>(), py::arg("stored").none(false), NoGil())
+      .def_property_readonly("stored", &PackedImage::stored)
+      .def_property_readonly("plain_bytes", &PackedImage::plain_bytes)
+      .def_property_readonly("largest_chunk",
+                             [](const PackedImage& self) { return self.packing()->largest_chunk; })
+      .def_property_readonly("plain_fingerprint", &PackedImage::plain_fingerprint)
+      .def(
+          "unpack",
+          [](const PackedImage& self, std::size_t offset, std::size_t bytes,
+             std::uintptr_t destination, unsigned threads) {
+            self.unpack(offset, bytes, reinterpret_cast<std::byte*>(destination), threads);
+          },
+          py::arg("offset"), py::arg("nbytes"), py::arg("destination"), py::arg("threads") = 0U,
+          NoGil());
+}
+
 void bind_ring(py::module_& m) {
   py::class_<PinnedRing>(m, "PinnedRing")
       .def(py::init<const BackendPtr&, std::size_t, std::size_t>(), py::arg("backend"),
@@ -303,6 +401,7 @@ PYBIND11_MODULE(_C, m) {
   bind_backends(m);
   bind_files(m);
   bind_host_store(m);
+  bind_packing(m);
   bind_ring(m);
   bind_prefetcher(m);
 }
