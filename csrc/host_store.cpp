@@ -131,6 +131,7 @@ HostImage::HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options
       mapped_bytes_(mapped_size(bytes)),
       options_(resolved(options)),
       totals_(std::move(totals)),
+      anonymous_(true),
       data_(map_aligned(mapped_bytes_)) {
   advise(data_, mapped_bytes_, options_);
   totals_->mapped += mapped_bytes_;
@@ -144,6 +145,7 @@ HostImage::HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options
       options_(resolved(options)),
       totals_(std::move(totals)),
       memory_(std::move(place.memory)),
+      anonymous_(false),
       data_(map_place({memory_, place.offset}, mapped_bytes_)) {
   advise(data_, mapped_bytes_, options_);
   totals_->mapped += mapped_bytes_;
@@ -214,6 +216,24 @@ void HostImage::touch() {
   }
 }
 
+void HostImage::drop(std::size_t offset, std::size_t bytes) {
+  if (offset > this->bytes() || bytes > this->bytes() - offset) {
+    throw UsageError(std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+                     " are not in an image of " + std::to_string(this->bytes()));
+  }
+  if (locked_ || !anonymous_) {
+    throw UsageError(std::string("pages can't be given back while they are ") +
+                     (locked_ ? "page-locked: unlock() comes first" : "shared memory"));
+  }
+  const std::size_t begin = round_up(offset, kPage);
+  const std::size_t end =
+      offset + bytes == this->bytes() ? mapped_bytes_ : (offset + bytes) / kPage * kPage;
+  if (begin >= end) return;
+  if (madvise(data_ + begin, end - begin, MADV_DONTNEED) != 0) {
+    throw HostMemoryError(std::string("pages could not be given back: ") + std::strerror(errno));
+  }
+}
+
 void HostImage::lock() {
   if (locked_) return;
   if (mapped_bytes_ > kMaxLockBytes) {
@@ -268,6 +288,7 @@ void HostImage::make_own() {
     throw HostMemoryError(std::string("memory could not be moved: ") + std::strerror(error));
   }
   memory_.reset();
+  anonymous_ = true;
   protected_ = false;
   if (relock) lock();
 }

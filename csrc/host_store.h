@@ -73,6 +73,10 @@ class HostImage final : public Image {
   // or writes it meanwhile. Throws HostMemoryError where shared memory has no page left to give:
   // it is touched before it is filled, for then the system would end the process.
   void touch();
+  // Gives the whole pages within the range back to the system (the last page of the image counts as
+  // whole): they read as zeros, and take memory again when they are written to. Throws UsageError
+  // if the range is not of the image, or its memory is page-locked or (once was) shared.
+  void drop(std::size_t offset, std::size_t bytes);
   // Page-locks the image. Throws HostMemoryError or BackendError; does nothing if locked.
   void lock();
   void unlock() noexcept;
@@ -95,6 +99,7 @@ class HostImage final : public Image {
   const StoreOptions options_;
   const std::shared_ptr<StoreBytes> totals_;
   std::shared_ptr<const Descriptor> memory_;  // while shared
+  bool anonymous_;                            // the mapping is this process's alone
   std::byte* data_ = nullptr;
   bool locked_ = false;
   bool protected_ = false;

@@ -14,8 +14,10 @@
 #include "host_store.h"
 #include "packed_image.h"
 #include "packer.h"
+#include "pieces_image.h"
 #include "pinned_ring.h"
 #include "prefetcher.h"
+#include "uploader.h"
 
 namespace py = pybind11;
 using namespace wanoffload;  // NOLINT: this file is the module
@@ -44,7 +46,8 @@ void bind_errors(py::module_& m) {
 void bind_backends(py::module_& m) {
   py::class_<Backend, BackendPtr>(m, "Backend")
       .def_property_readonly("name", &Backend::name)
-      .def("create_stream", &Backend::create_stream)
+      .def("create_stream",
+           [](Backend& self) { return self.create_stream(StreamPriority::kNormal); })
       .def("destroy_stream", &Backend::destroy_stream, py::arg("stream"), NoGil())
       .def("create_event", &Backend::create_event)
       .def("destroy_event", &Backend::destroy_event, py::arg("event"))
@@ -79,7 +82,16 @@ void bind_backends(py::module_& m) {
       .def_property_readonly("locked_bytes", &HostBackend::locked_bytes);
 
   py::class_<CudaBackend, Backend, std::shared_ptr<CudaBackend>>(m, "CudaBackend")
-      .def(py::init<int>(), py::arg("device_index"));
+      .def(py::init<int>(), py::arg("device_index"))
+      .def(
+          "load_unpack_kernel",
+          [](CudaBackend& self, const py::bytes& cubin, const std::string& name, unsigned threads,
+             unsigned shared_bytes) {
+            const std::string_view bytes = cubin;
+            const py::gil_scoped_release released;
+            self.load_unpack_kernel(std::as_bytes(std::span(bytes)), name, threads, shared_bytes);
+          },
+          py::arg("cubin"), py::arg("name"), py::arg("threads"), py::arg("shared_bytes"));
 }
 
 // (file, offset in the file, bytes, offset in the image)
@@ -144,6 +156,17 @@ void bind_files(py::module_& m) {
       });
 }
 
+// (source address, offset in the image, bytes)
+using PieceTuple = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
+
+std::vector<ImagePiece> pieces_of(const std::vector<PieceTuple>& tuples) {
+  std::vector<ImagePiece> pieces;
+  for (const auto& [source, offset, bytes] : tuples) {
+    pieces.push_back({reinterpret_cast<const void*>(source), offset, bytes});
+  }
+  return pieces;
+}
+
 void bind_host_store(py::module_& m) {
   // memoryview(image) keeps the image alive: tensors made over it may outlive every other owner.
   py::class_<HostImage, Image, HostImagePtr>(m, "HostImage", py::buffer_protocol())
@@ -156,13 +179,8 @@ void bind_host_store(py::module_& m) {
           [](const HostImage& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
       .def(
           "fill",
-          [](HostImage& self,
-             const std::vector<std::tuple<std::uintptr_t, std::size_t, std::size_t>>& pieces) {
-            std::vector<ImagePiece> list;
-            for (const auto& [source, offset, bytes] : pieces) {
-              list.push_back({reinterpret_cast<const void*>(source), offset, bytes});
-            }
-            self.fill(list);
+          [](HostImage& self, const std::vector<PieceTuple>& pieces) {
+            self.fill(pieces_of(pieces));
           },
           py::arg("pieces"), NoGil())
       .def(
@@ -174,11 +192,18 @@ void bind_host_store(py::module_& m) {
       .def("copy_from", &HostImage::copy_from, py::arg("image"), NoGil())
       .def_property_readonly("shared", &HostImage::shared)
       .def("touch", &HostImage::touch, NoGil())
+      .def("drop", &HostImage::drop, py::arg("offset"), py::arg("nbytes"), NoGil())
       .def("lock", &HostImage::lock, NoGil())
       .def("unlock", &HostImage::unlock, NoGil())
       .def("protect", &HostImage::protect, NoGil())
       .def("make_own", &HostImage::make_own, NoGil())
       .def("keep", &HostImage::keep, NoGil());
+
+  py::class_<PiecesImage, Image, std::shared_ptr<PiecesImage>>(m, "PiecesImage")
+      .def(py::init([](const std::vector<PieceTuple>& pieces, std::size_t bytes) {
+             return std::make_shared<PiecesImage>(pieces_of(pieces), bytes);
+           }),
+           py::arg("pieces"), py::arg("nbytes"));
 
   py::class_<Descriptor, std::shared_ptr<Descriptor>>(m, "Descriptor")
       .def(py::init<int>(), py::arg("number"))
@@ -350,14 +375,15 @@ void bind_prefetcher(py::module_& m) {
       .def(
           py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
                       std::size_t slot_bytes, const py::object&, int depth, std::size_t ring_chunks,
-                      std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms) {
-            PrefetchOptions options;
-            options.depth = depth;
-            options.engine.ring_chunks = ring_chunks;
-            options.engine.ring_chunk_bytes = ring_chunk_bytes;
-            options.engine.threads = threads;
-            options.engine.timeout = Milliseconds(timeout_ms);
-            return std::make_unique<Prefetcher>(backend, slots, slot_bytes, options);
+                      std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms,
+                      const std::vector<DeviceAddress>& staging, std::size_t staging_bytes) {
+            return std::make_unique<Prefetcher>(backend, slots, slot_bytes,
+                                                PrefetchOptions{depth,
+                                                                {ring_chunks,
+                                                                 ring_chunk_bytes,
+                                                                 threads,
+                                                                 Milliseconds(timeout_ms),
+                                                                 {staging, staging_bytes}}});
           }),
           // Its destructor waits for copies into the slots: their owner must live until then,
           // in whatever order a garbage collection takes things apart.
@@ -365,7 +391,8 @@ void bind_prefetcher(py::module_& m) {
           py::arg("owner"), py::kw_only(), py::arg("depth"),
           py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
           py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
-          py::arg("timeout_ms") = 60'000)
+          py::arg("timeout_ms") = 60'000, py::arg("staging") = std::vector<DeviceAddress>{},
+          py::arg("staging_bytes") = 0)
       .def("add_unit", &Prefetcher::add_unit, py::arg("image"), NoGil())
       .def("set_order", &Prefetcher::set_order, py::arg("units"), NoGil())
       .def("order", &Prefetcher::order, NoGil())
@@ -388,9 +415,28 @@ void bind_prefetcher(py::module_& m) {
       .def("reset_stats", &Prefetcher::reset_stats, NoGil())
       .def("recent_events", &Prefetcher::recent_events, NoGil())
       .def_property_readonly("copy_stream", &Prefetcher::copy_stream)
+      .def_property_readonly("unpack_stream", &Prefetcher::unpack_stream)
       .def_property_readonly("ring_bytes", py::cpp_function(&Prefetcher::ring_bytes, NoGil()))
       .def_property_readonly("slot_count", &Prefetcher::slot_count)
       .def_property_readonly("unit_count", py::cpp_function(&Prefetcher::unit_count, NoGil()));
+}
+
+void bind_uploader(py::module_& m) {
+  py::class_<Uploader>(m, "Uploader", py::release_gil_before_calling_cpp_dtor())
+      .def(py::init([](const BackendPtr& backend, std::size_t ring_chunks,
+                       std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms) {
+             return std::make_unique<Uploader>(
+                 backend,
+                 EngineOptions{ring_chunks, ring_chunk_bytes, threads, Milliseconds(timeout_ms)});
+           }),
+           NoGil(), py::arg("backend"), py::kw_only(),
+           py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
+           py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
+           py::arg("timeout_ms") = 60'000)
+      .def("start", &Uploader::start, py::arg("image").none(false), py::arg("address"),
+           py::arg("wait_for_stream"), NoGil())
+      .def("wait", &Uploader::wait, py::arg("stream"), NoGil())
+      .def("close", &Uploader::close, NoGil());
 }
 
 }  // namespace
@@ -404,4 +450,5 @@ PYBIND11_MODULE(_C, m) {
   bind_packing(m);
   bind_ring(m);
   bind_prefetcher(m);
+  bind_uploader(m);
 }
