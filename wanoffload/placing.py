@@ -7,7 +7,7 @@ import logging
 import torch
 
 from wanoffload import host_memory, image
-from wanoffload._C import HostImage, HostMemoryError, HostStore, Image, PackedImage
+from wanoffload._C import Backend, HostImage, HostMemoryError, HostStore, Image, PackedImage
 from wanoffload.host_tiers import AUTO, DISK, PINNED, HostChoice, HostPlan, with_sizes
 from wanoffload.image import ImageLayout, leave_unlocked
 from wanoffload.locking import Locking
@@ -35,6 +35,7 @@ class Placing:
         layouts: list[ImageLayout],
         plan: HostPlan,
         host: HostChoice,
+        backend: Backend,
         store: HostStore,
         arena: SharedArena | None,
     ) -> None:
@@ -43,6 +44,7 @@ class Placing:
         self._units = units
         self._layouts = layouts
         self._host = host
+        self._backend = backend
         self._store = store
         self._arena = arena
         self._locking = Locking(required=host.kind != AUTO)
@@ -64,7 +66,7 @@ class Placing:
             from wanoffload.device_packing import DevicePacking
 
             todo = [(self._units[n], self._layouts[n]) for n in numbers]
-            return DevicePacking(self._weights, todo, device, slots)
+            return DevicePacking(self._weights, todo, self._backend, device, slots)
         return HostPacking(self._weights)
 
     def place(self, number: int) -> Image:

@@ -195,7 +195,7 @@ def start(
         _bar(progress, units, title) as bar,
     ):
         plan = _plan(what, weights, units, layouts, packable.sizes(packed), packed, host, arena)
-        placing = Placing(weights, units, layouts, plan, host, store, arena)
+        placing = Placing(weights, units, layouts, plan, host, backend, store, arena)
         runtime = _Wrapping(
             module,
             weights,
@@ -415,7 +415,7 @@ class _Wrapping:
             self.placing.prepare(self.device, self.runtime.slots)
             self._place_others(self.runtime)
             self._write_units(self.runtime)
-            self._connect(self.runtime)
+            self._connect()
         except BaseException:
             self._take_back()
             raise
@@ -465,7 +465,9 @@ class _Wrapping:
         if self.arena is not None:
             self.arena.publish()
 
-    def _connect(self, runtime: Offloader) -> None:
+    def _connect(self) -> None:
+        runtime = self.runtime
+        assert runtime is not None
         runtime.connect(self.bound)
         for binding in self.bound:
             hooks.install_on_block(binding.unit.module, binding)

@@ -107,9 +107,14 @@ class CacheFile:
 
         Raises TransferError if it is packed and its head can't be read, or is spoilt.
         """
-        stored = self._stored(name)
+        stored, unit = self._stored(name), self.units[name]
+        if not unit.packed:
+            return stored
         with _named(name):
-            return PackedImage(stored) if self.units[name].packed else stored
+            packed = PackedImage(stored)
+            if packed.plain_bytes != unit.layout.nbytes:
+                raise TransferError(f"it unpacks to {packed.plain_bytes} bytes")
+            return packed
 
     def plain_checksum(self, name: str) -> int:
         """Of a unit's plain image, as it was written there. Raises what `image` does."""
