@@ -51,7 +51,6 @@ diffusers ignores for Wan, a buffer, the tied copy of an embedding."""
 _IN_LIST = re.compile(r"(.*?)\.(\d+)\.")
 
 
-
 @dataclass(frozen=True)
 class Loaded:
     """A tensor as it will be in memory; `dtype` as safetensors names it."""

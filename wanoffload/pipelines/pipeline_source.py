@@ -150,7 +150,7 @@ class Source:
         seen = look_at_folder(
             Path(self.folder),
             without=[name for name in self.index if name not in taken],
-            dtypes={name: own for name in taken if (own := self._dtype_name(name)) is not None},
+            dtypes={name: dtype for name in taken if (dtype := self._dtype_name(name)) is not None},
         )
         own = {
             name: part_of(name, value)
