@@ -315,7 +315,7 @@ def test_the_text_shows_plain_and_packed_beside_each_other() -> None:
     plain, both = (" ".join(line.split()) for line in table)
     assert plain.startswith("plain 28.00 GB over the link a forward, 1.129 s")
     assert plain.endswith("68.10 GB page-locked: fits")
-    assert both.startswith("packed 19.75 GB over the link a forward, 0.80")
+    assert both.startswith("packed 19.75 GB over the link a forward, 0.7999 s")
     assert both.endswith("52.44 GB page-locked, 0.09 GB of staging on the device: taken")
     assert "pack = True " in text
 
