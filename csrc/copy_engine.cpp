@@ -17,7 +17,12 @@ unsigned ring_threads(unsigned wanted) {
 }  // namespace
 
 CopyEngine::CopyEngine(BackendPtr backend, EngineOptions options)
-    : backend_(std::move(backend)), options_(options), idle_(backend_), stream_(backend_) {
+    : backend_(std::move(backend)),
+      options_(std::move(options)),
+      copied_(backend_),
+      unpacked_(backend_),
+      stream_(backend_) {
+  if (!options_.staging.slots.empty()) staging_.emplace(backend_, options_.staging);
   queue_.reserve(64);
 }
 
@@ -40,28 +45,135 @@ void CopyEngine::prepare_ring() {
   }
 }
 
-// What precedes the first byte of every transfer.
-void CopyEngine::begin(const Transfer& transfer) {
-  for (const EventHandle event : transfer.wait_for) backend_->wait(stream(), event);
-  if (const int value = poison_; value != kNoPoison && transfer.image->bytes() > 0) {
-    backend_->fill_device(transfer.destination, static_cast<std::uint8_t>(value),
-                          transfer.image->bytes(), stream());
+void CopyEngine::check_staging(const Image& image) const {
+  const Packing* const packing = image.packing();
+  if (packing == nullptr) return;
+  if (!staging_) {
+    throw UsageError("a packed image needs staging memory on the device, of " +
+                     std::to_string(packing->largest_chunk) +
+                     " bytes a slot at least; none was given");
   }
+  if (packing->largest_chunk > staging_->slot_bytes()) {
+    throw UsageError("a packed image has a chunk of " + std::to_string(packing->largest_chunk) +
+                     " bytes; the staging slots have " + std::to_string(staging_->slot_bytes()));
+  }
+}
+
+// The stream that writes to the transfer's destination.
+StreamHandle CopyEngine::way_of(const Transfer& transfer) const {
+  return transfer.image->packing() != nullptr ? staging_->stream() : stream();
+}
+
+EventHandle CopyEngine::end_of(StreamHandle way) const {
+  return way == stream() ? copied_.handle() : unpacked_.handle();
+}
+
+void CopyEngine::reset(Transfer& transfer) {
+  transfer.begun_ = false;
+  transfer.next_packed_ = 0;
+  transfer.place_.reset();
+}
+
+void CopyEngine::poison(DeviceAddress place, std::size_t bytes, StreamHandle stream) {
+  const int value = poison_;
+  if (value == kNoPoison || bytes == 0) return;
+  backend_->fill_device(place, static_cast<std::uint8_t>(value), bytes, stream);
+}
+
+// What precedes the first byte that is written to the destination.
+void CopyEngine::begin(Transfer& transfer) {
+  if (transfer.begun_) return;
+  const StreamHandle way = way_of(transfer);
+  come_behind_unread(transfer, way);
+  for (const EventHandle event : transfer.wait_for) backend_->wait(way, event);
+  transfer.unread_on_ = way;
+  poison(transfer.destination, transfer.image->plain_bytes(), way);
+  transfer.begun_ = true;
+}
+
+// A fill of the same place that nobody read may have gone the other way, as a whole or until it
+// failed: no reader's event stands behind it.
+void CopyEngine::come_behind_unread(Transfer& transfer, StreamHandle way) {
+  const StreamHandle other = transfer.unread_on_;
+  if (other == 0 || other == way) return;
+  backend_->record(end_of(other), other);
+  backend_->wait(way, end_of(other));
+}
+
+// Enqueues the bytes [offset, offset + bytes) of the image, which stand at `data`, behind those
+// before them.
+void CopyEngine::put(Transfer& transfer, std::size_t offset, const std::byte* data,
+                     std::size_t bytes) {
+  if (transfer.image->packing() != nullptr) return put_packed(transfer, offset, data, bytes);
+  begin(transfer);
+  if (bytes == 0) return;
+  backend_->copy_to_device(transfer.destination + offset, data, bytes, stream());
+}
+
+// Of these bytes, what is of chunks goes to their staging slots; each chunk that is whole there is
+// unpacked. The head, and what lies between chunks, stays here.
+void CopyEngine::put_packed(Transfer& transfer, std::size_t offset, const std::byte* data,
+                            std::size_t bytes) {
+  const auto& chunks = transfer.image->packing()->chunks;
+  for (; transfer.next_packed_ < chunks.size(); ++transfer.next_packed_) {
+    const PackedChunk& chunk = chunks[transfer.next_packed_];
+    const std::size_t chunk_end = chunk.offset + chunk.bytes;
+    const std::size_t begin = std::max(offset, chunk.offset);
+    const std::size_t end = std::min(offset + bytes, chunk_end);
+    if (begin >= end) return;  // the chunk begins behind these bytes
+    if (!transfer.place_) transfer.place_ = open_staging(chunk);
+    backend_->copy_to_device(transfer.place_->address + (begin - chunk.offset),
+                             data + (begin - offset), end - begin, stream());
+    if (end < chunk_end) return;  // the rest comes with the next bytes
+    unpack(transfer, chunk);
+  }
+}
+
+StagingRing::Place CopyEngine::open_staging(const PackedChunk& chunk) {
+  const StagingRing::Place place = staging_->open(stream());
+  try {
+    poison(place.address, chunk.bytes, stream());
+  } catch (...) {
+    staging_->abandon(place);
+    throw;
+  }
+  return place;
+}
+
+// The chunk is whole in its staging slot.
+void CopyEngine::unpack(Transfer& transfer, const PackedChunk& chunk) {
+  begin(transfer);
+  const StagingRing::Place place = *transfer.place_;
+  transfer.place_.reset();  // whatever comes of it
+  staging_->unpack(place,
+                   {place.address, chunk.bytes, transfer.destination, transfer.image->plain_bytes(),
+                    chunk.blocks, transfer.spoilt_, transfer.generation},
+                   stream());
 }
 
 // What follows the last byte.
 void CopyEngine::finish(Transfer& transfer) {
-  backend_->record(transfer.ready, stream());
+  begin(transfer);  // if there was no byte
+  backend_->record(transfer.ready, way_of(transfer));
   transfer.ready_generation_ = transfer.generation;
 }
 
+// No more of its bytes will be put.
+void CopyEngine::give_up(Transfer& transfer) {
+  if (!transfer.place_) return;
+  staging_->abandon(*transfer.place_);
+  transfer.place_.reset();
+}
+
 void CopyEngine::submit(Transfer& transfer) {
+  check_staging(*transfer.image);
   if (transfer.image->locked() || transfer.image->bytes() == 0) return submit_locked(transfer);
   const std::lock_guard lock(mutex_);
   if (closed_) throw ClosedError("the copy engine is closed");
   if (!ring_) throw UsageError("prepare_ring() comes before an image that is not page-locked");
   transfer.settled_ = false;
   transfer.error_ = nullptr;
+  reset(transfer);
   transfer.next_chunk_ = 0;
   transfer.proves_ = !transfer.image->proven();
   transfer.fingerprint_ = 0;
@@ -76,12 +188,14 @@ void CopyEngine::submit_locked(Transfer& transfer) {
     transfer.settled_ = true;
     transfer.error_ = nullptr;
   }
-  begin(transfer);
-  if (transfer.image->bytes() > 0) {
-    backend_->copy_to_device(transfer.destination, transfer.image->locked_data(),
-                             transfer.image->bytes(), stream());
+  reset(transfer);
+  try {
+    put(transfer, 0, transfer.image->locked_data(), transfer.image->bytes());
+    finish(transfer);
+  } catch (...) {
+    give_up(transfer);
+    throw;
   }
-  finish(transfer);
 }
 
 void CopyEngine::wait_settled(Transfer& transfer) {
@@ -99,8 +213,10 @@ bool CopyEngine::settled(const Transfer& transfer) const {
 }
 
 void CopyEngine::drain() {
-  backend_->record(idle_.handle(), stream());
-  synchronize(*backend_, idle_.handle(), options_.timeout);
+  backend_->record(copied_.handle(), stream());
+  if (staging_) backend_->record(unpacked_.handle(), staging_->stream());
+  synchronize(*backend_, copied_.handle(), options_.timeout);
+  if (staging_) synchronize(*backend_, unpacked_.handle(), options_.timeout);
 }
 
 // What one chunk of the ring holds of this transfer.
@@ -187,6 +303,7 @@ void CopyEngine::send_in_turn(std::unique_lock<std::mutex>& lock) {
     lock.lock();
     ++turn_;
     if (error && !transfer.error_) transfer.error_ = error;
+    if (transfer.error_) give_up(transfer);
     // Only behind its last chunk: until then this transfer is still being read here.
     if (is_last(next->task)) transfer.settled_ = true;
     changed_.notify_all();
@@ -211,22 +328,14 @@ std::exception_ptr CopyEngine::send(const Done& done, bool failed_earlier) {
 
 void CopyEngine::enqueue(const Task& task, const Piece& piece) {
   Transfer& transfer = *task.transfer;
-  bool enqueued = false;
   try {
     if (is_last(task) && transfer.proves_) transfer.image->prove(transfer.fingerprint_);
-    if (task.chunk == 0) begin(transfer);
-    backend_->copy_to_device(transfer.destination + piece.offset, task.buffer.data + piece.lead,
-                             piece.bytes, stream());
-    enqueued = true;
+    put(transfer, piece.offset, task.buffer.data + piece.lead, piece.bytes);
     ring_->send(task.buffer, stream());
   } catch (...) {
-    if (enqueued) {
-      // Its copy may still be running, so the chunk must not come free without an event. If this
-      // fails too it stays checked out for good, rather than be overwritten under the copy.
-      ring_->send(task.buffer, stream());
-    } else {
-      ring_->give_back(task.buffer);
-    }
+    // A copy of it may be running, so the chunk must not come free without an event. If this
+    // fails too it stays checked out for good, rather than be overwritten under the copy.
+    ring_->send(task.buffer, stream());
     throw;
   }
   if (is_last(task)) finish(transfer);

@@ -1,6 +1,8 @@
 // Brings images into device memory, in the order they were asked for, on one stream of its own.
 // A page-locked image is enqueued by the caller's thread as one copy. Everything else goes through
-// the pinned ring, filled by the engine's threads: from memory, or from files.
+// the pinned ring, filled by the engine's threads: from memory, or from files. Either way, a packed
+// image is copied chunk by chunk into the staging ring, and unpacked from there on that ring's
+// stream.
 #pragma once
 
 #include <atomic>
@@ -17,6 +19,7 @@
 #include "backend/backend.h"
 #include "image.h"
 #include "pinned_ring.h"
+#include "staging_ring.h"
 
 namespace wanoffload {
 
@@ -25,25 +28,40 @@ struct EngineOptions {
   std::size_t ring_chunk_bytes = std::size_t{4} << 20;
   unsigned threads = 0;  // that fill the ring; 0: 3/4 of the cores, 12 at most
   Milliseconds timeout{60'000};
+  StagingMemory staging{};  // for packed images; none: they are refused
 };
 
 // One image on its way to one place. Owned by the caller, who keeps it (and the image, and the
-// events) until the transfer is settled: enqueued or failed.
+// events) until the transfer is settled: enqueued or failed. The same one is used again for the
+// next fill of that place.
 class Transfer {
  public:
   ImagePtr image;
   DeviceAddress destination = 0;
-  std::vector<EventHandle> wait_for;  // on the copy stream, before the first byte
+  std::vector<EventHandle> wait_for;  // before the first byte is written there
   EventHandle ready = 0;              // recorded behind the last byte
   std::uint64_t generation = 0;       // which fill of its destination this is
 
   // The fill that `ready` stands behind: equal to `generation` once settled without an error.
   // Rule 1: nobody waits on an event that was not recorded for the bytes that are meant.
   [[nodiscard]] std::uint64_t ready_generation() const { return ready_generation_; }
+  // Whether the backend found a chunk of this fill spoilt, once `ready` is complete.
+  [[nodiscard]] bool spoilt() const { return *spoilt_ == generation; }
+  // A stream has waited for `ready`, and `wait_for` of the next fill will stand behind that.
+  void note_read() { unread_on_ = 0; }
 
  private:
   friend class CopyEngine;
   std::uint64_t ready_generation_ = 0;  // written before settled_, read after it
+  std::shared_ptr<std::atomic<std::uint64_t>> spoilt_ =
+      std::make_shared<std::atomic<std::uint64_t>>(0);  // the last fill that was
+  StreamHandle unread_on_ = 0;  // where the place was written since it was read; 0: nowhere
+
+  // of whoever enqueues its bytes, one thread at a time
+  bool begun_ = false;           // the stream that writes to the destination waits for wait_for
+  std::size_t next_packed_ = 0;  // the chunk of the packing that is copied next, or further
+  std::optional<StagingRing::Place> place_;  // where that chunk is, if it was begun
+
   // guarded by CopyEngine::mutex_
   bool settled_ = true;
   std::exception_ptr error_;
@@ -59,6 +77,10 @@ class Transfer {
 // of the ring is free. It waits neither for the destination to be free nor for copies before it:
 // `wait_for` holds up the copy stream alone. So up to ring_chunks * ring_chunk_bytes are read
 // beyond what has reached the device, of what was submitted. Each thread has one read under way.
+//
+// A packed image's `wait_for` and `ready` are the unpack stream's: copies into the staging ring run
+// ahead of a destination that is still being read. Both streams wait only for events that were
+// recorded before the wait was issued, so neither can wait for itself.
 class CopyEngine {
  public:
   CopyEngine(BackendPtr backend, EngineOptions options);
@@ -67,10 +89,15 @@ class CopyEngine {
   ~CopyEngine();  // see close()
 
   [[nodiscard]] StreamHandle stream() const { return stream_.handle(); }
+  // Where packed images are unpacked; 0 if there is no staging memory.
+  [[nodiscard]] StreamHandle unpack_stream() const { return staging_ ? staging_->stream() : 0; }
+  // Throws UsageError, with what is missing, if the image is packed and can't be brought like that.
+  void check_staging(const Image& image) const;
   [[nodiscard]] std::size_t ring_bytes() const { return ring_ ? ring_->locked_bytes() : 0; }
 
-  // With a value, every destination is overwritten with this byte before it is filled: a reader
-  // that comes late, or a copy that came early, shows. For tests; costs device bandwidth.
+  // With a value, every destination, and every staging slot, is overwritten with this byte before
+  // it is filled: a reader that comes late, or a copy that came early, shows. For tests; costs
+  // device bandwidth.
   void set_poison(std::optional<std::uint8_t> value) { poison_ = value ? *value : kNoPoison; }
 
   // Allocates the ring and starts the threads, if that has not been done. Set-up work: must have
@@ -84,8 +111,8 @@ class CopyEngine {
   // for the device. Throws TransferTimeout.
   void wait_settled(Transfer& transfer);
   [[nodiscard]] bool settled(const Transfer& transfer) const;
-  // Waits for the device until every copy enqueued so far has ended. Throws TransferTimeout. One
-  // thread at a time.
+  // Waits for the device until every copy enqueued so far has ended, and what was staged is
+  // unpacked. Throws TransferTimeout.
   void drain();
 
   // Settles what is queued (with ClosedError), ends the threads, waits for the copies in flight.
@@ -111,8 +138,18 @@ class CopyEngine {
     Piece piece;
   };
 
-  void begin(const Transfer& transfer);
+  [[nodiscard]] StreamHandle way_of(const Transfer& transfer) const;
+  [[nodiscard]] EventHandle end_of(StreamHandle way) const;
+  static void reset(Transfer& transfer);
+  void begin(Transfer& transfer);
+  void come_behind_unread(Transfer& transfer, StreamHandle way);
+  void put(Transfer& transfer, std::size_t offset, const std::byte* data, std::size_t bytes);
+  void put_packed(Transfer& transfer, std::size_t offset, const std::byte* data, std::size_t bytes);
+  [[nodiscard]] StagingRing::Place open_staging(const PackedChunk& chunk);
+  void unpack(Transfer& transfer, const PackedChunk& chunk);
   void finish(Transfer& transfer);
+  void give_up(Transfer& transfer);
+  void poison(DeviceAddress place, std::size_t bytes, StreamHandle stream);
   void submit_locked(Transfer& transfer);
   void work();
   [[nodiscard]] std::optional<Task> take_task();
@@ -131,9 +168,13 @@ class CopyEngine {
   const BackendPtr backend_;
   const EngineOptions options_;
   std::atomic<int> poison_{kNoPoison};
-  Event idle_;  // for drain()
+  Event copied_;    // the end of the copy stream, for whoever has to come behind it
+  Event unpacked_;  // and of the unpack stream
   std::optional<PinnedRing> ring_;
-  Stream stream_;  // behind what its copies use: it goes first, and on the host it drains then
+  // Either stream may be drained (on the host, by its end) while the other is there or has ended:
+  // each waits only for what the other was given before.
+  std::optional<StagingRing> staging_;
+  Stream stream_;  // behind what its copies use: it goes first
 
   std::mutex intake_;  // held from choosing a chunk to having a buffer for it: buffers are handed
                        // out in the order of turns, so the next turn always has one

@@ -30,8 +30,8 @@ int DeviceSlots::find(int unit) const {
 void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& engine) {
   Slot& slot = (*this)[index];
   if (slot.users != 0) throw UsageError("slot " + std::to_string(index) + " is in use");
-  if (image->bytes() > slot_bytes_) {
-    throw UsageError("a unit of " + std::to_string(image->bytes()) + " bytes in slots of " +
+  if (image->plain_bytes() > slot_bytes_) {
+    throw UsageError("a unit of " + std::to_string(image->plain_bytes()) + " bytes in slots of " +
                      std::to_string(slot_bytes_));
   }
   drop(index);
@@ -56,6 +56,10 @@ void DeviceSlots::begin_read(int index, StreamHandle stream) {
   }
   SlotReader& reader = reader_of(slot, stream);
   backend_->wait(stream, slot.ready.handle());
+  if (slot.transfer.spoilt()) {
+    throw TransferError("a chunk of its packed bytes is spoilt: it could not be unpacked");
+  }
+  slot.transfer.note_read();
   if (slot.fresh) {
     // The fill came behind all reads of what was here before, and later fills come behind it.
     for (SlotReader& other : slot.readers) other.read = other.recorded = false;

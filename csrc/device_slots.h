@@ -52,6 +52,8 @@ class DeviceSlots {
   // on, or to nobody if this throws.
   void fill(int slot, int unit, const ImagePtr& image, CopyEngine& engine);
   // Makes `stream` wait for the slot's bytes and counts one user. The transfer must be settled.
+  // Throws TransferError if the bytes are known to be spoilt, which the host backend tells when
+  // `stream` is the calling thread.
   void begin_read(int slot, StreamHandle stream);
   // The user's work is enqueued on `stream`: a later fill waits for it. If the event cannot be
   // recorded the error is thrown, and the next fill tries again before it writes.

@@ -5,11 +5,8 @@
 
 #include <cerrno>
 #include <cstring>
-#include <exception>
 #include <limits>
-#include <mutex>
 #include <string>
-#include <thread>
 
 #include "errors.h"
 #include "fingerprint.h"
@@ -27,8 +24,7 @@ constexpr std::size_t kMaxLockBytes = std::size_t{64} << 30;
 std::size_t round_up(std::size_t value, std::size_t to) { return (value + to - 1) / to * to; }
 
 StoreOptions resolved(StoreOptions options) {
-  if (options.threads == 0)
-    options.threads = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+  options.threads = thread_count(options.threads);
   return options;
 }
 
@@ -135,6 +131,7 @@ HostImage::HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options
       mapped_bytes_(mapped_size(bytes)),
       options_(resolved(options)),
       totals_(std::move(totals)),
+      anonymous_(true),
       data_(map_aligned(mapped_bytes_)) {
   advise(data_, mapped_bytes_, options_);
   totals_->mapped += mapped_bytes_;
@@ -148,6 +145,7 @@ HostImage::HostImage(BackendPtr backend, std::size_t bytes, StoreOptions options
       options_(resolved(options)),
       totals_(std::move(totals)),
       memory_(std::move(place.memory)),
+      anonymous_(false),
       data_(map_place({memory_, place.offset}, mapped_bytes_)) {
   advise(data_, mapped_bytes_, options_);
   totals_->mapped += mapped_bytes_;
@@ -188,7 +186,7 @@ void HostImage::read(std::size_t offset, std::size_t bytes, std::byte* destinati
 void HostImage::fill_from(std::vector<FileExtent> extents, ReadBy by) {
   check_writable();
   const auto pieces = split_extents(checked_extents(std::move(extents), bytes()));
-  read_in_parallel(pieces.size(), [&](std::size_t i) {
+  parallel_each(pieces.size(), options_.threads, [&](std::size_t i) {
     const FileExtent& piece = pieces[i];
     piece.file->read(piece.file_offset, piece.bytes, data_ + piece.offset, by);
   });
@@ -200,30 +198,10 @@ void HostImage::copy_from(const Image& image) {
     throw UsageError("an image of " + std::to_string(image.bytes()) +
                      " bytes does not fit one of " + std::to_string(bytes()));
   }
-  read_in_parallel((bytes() + kGrain - 1) / kGrain, [&](std::size_t i) {
+  parallel_each((bytes() + kGrain - 1) / kGrain, options_.threads, [&](std::size_t i) {
     image.read(i * kGrain, std::min(kGrain, bytes() - i * kGrain), data_ + i * kGrain);
   });
   if (!image.proven()) image.prove(fingerprint(data_, bytes(), options_.threads));
-}
-
-// Calls read(0), read(1), ... on many threads, and throws the first error.
-void HostImage::read_in_parallel(std::size_t pieces,
-                                 const std::function<void(std::size_t)>& read) const {
-  std::mutex mutex;
-  std::exception_ptr error;  // the first; what is left is then not read
-  parallel_for(pieces, 1, options_.threads, [&](std::size_t begin, std::size_t) {
-    {
-      const std::lock_guard lock(mutex);
-      if (error) return;
-    }
-    try {
-      read(begin);
-    } catch (...) {
-      const std::lock_guard lock(mutex);
-      if (!error) error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
 }
 
 void HostImage::touch() {
@@ -235,6 +213,24 @@ void HostImage::touch() {
   if (error != 0) {
     throw HostMemoryError("shared memory of " + std::to_string(mapped_bytes_) +
                           " bytes could not be had: " + std::strerror(error));
+  }
+}
+
+void HostImage::drop(std::size_t offset, std::size_t bytes) {
+  if (offset > this->bytes() || bytes > this->bytes() - offset) {
+    throw UsageError(std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+                     " are not in an image of " + std::to_string(this->bytes()));
+  }
+  if (locked_ || !anonymous_) {
+    throw UsageError(std::string("pages can't be given back while they are ") +
+                     (locked_ ? "page-locked: unlock() comes first" : "shared memory"));
+  }
+  const std::size_t begin = round_up(offset, kPage);
+  const std::size_t end =
+      offset + bytes == this->bytes() ? mapped_bytes_ : (offset + bytes) / kPage * kPage;
+  if (begin >= end) return;
+  if (madvise(data_ + begin, end - begin, MADV_DONTNEED) != 0) {
+    throw HostMemoryError(std::string("pages could not be given back: ") + std::strerror(errno));
   }
 }
 
@@ -292,6 +288,7 @@ void HostImage::make_own() {
     throw HostMemoryError(std::string("memory could not be moved: ") + std::strerror(error));
   }
   memory_.reset();
+  anonymous_ = true;
   protected_ = false;
   if (relock) lock();
 }

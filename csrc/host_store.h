@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -58,6 +57,7 @@ class HostImage final : public Image {
   // Whether other processes may read these bytes: then nobody may change them.
   [[nodiscard]] bool shared() const { return memory_ != nullptr; }
   [[nodiscard]] const std::byte* locked_data() const override { return locked_ ? data_ : nullptr; }
+  [[nodiscard]] const std::byte* host_data() const override { return data_; }
   void read(std::size_t offset, std::size_t bytes, std::byte* destination) const override;
 
   // Copies the pieces in with many threads; the first touch of the memory.
@@ -73,6 +73,10 @@ class HostImage final : public Image {
   // or writes it meanwhile. Throws HostMemoryError where shared memory has no page left to give:
   // it is touched before it is filled, for then the system would end the process.
   void touch();
+  // Gives the whole pages within the range back to the system (the last page of the image counts as
+  // whole): they read as zeros, and take memory again when they are written to. Throws UsageError
+  // if the range is not of the image, or its memory is page-locked or (once was) shared.
+  void drop(std::size_t offset, std::size_t bytes);
   // Page-locks the image. Throws HostMemoryError or BackendError; does nothing if locked.
   void lock();
   void unlock() noexcept;
@@ -89,13 +93,13 @@ class HostImage final : public Image {
 
  private:
   void check_writable() const;
-  void read_in_parallel(std::size_t pieces, const std::function<void(std::size_t)>& read) const;
 
   const BackendPtr backend_;
   const std::size_t mapped_bytes_;
   const StoreOptions options_;
   const std::shared_ptr<StoreBytes> totals_;
   std::shared_ptr<const Descriptor> memory_;  // while shared
+  bool anonymous_;                            // the mapping is this process's alone
   std::byte* data_ = nullptr;
   bool locked_ = false;
   bool protected_ = false;

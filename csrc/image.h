@@ -5,8 +5,22 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace wanoffload {
+
+// What a transfer has to know of packed bytes: chunks that are unpacked one by one.
+struct PackedChunk {
+  std::size_t offset;  // in the packed bytes, a multiple of 256
+  std::size_t bytes;
+  std::uint32_t blocks;  // groups of threads that unpack it
+};
+struct Packing {
+  std::size_t plain_bytes;
+  std::size_t head_bytes;  // that precede the first chunk
+  std::size_t largest_chunk;
+  std::vector<PackedChunk> chunks;
+};
 
 // One unit's bytes, wherever they are. Their number never changes.
 class Image {
@@ -20,6 +34,14 @@ class Image {
   // Where the bytes stand if they are page-locked, else null.
   [[nodiscard]] virtual const std::byte* locked_data() const = 0;
   [[nodiscard]] bool locked() const { return locked_data() != nullptr; }
+  // Where the bytes stand if they are in memory, locked or not, else null.
+  [[nodiscard]] virtual const std::byte* host_data() const { return locked_data(); }
+  // How the bytes are to be unpacked, or null if they are plain. Always the same answer.
+  [[nodiscard]] virtual const Packing* packing() const { return nullptr; }
+  // What the unit takes in a slot, unpacked.
+  [[nodiscard]] std::size_t plain_bytes() const {
+    return packing() != nullptr ? packing()->plain_bytes : bytes_;
+  }
   // Puts the bytes [offset, offset + bytes), which must be of this image, into `destination` and
   // writes nowhere else. The ring's threads call this, several at once. Throws TransferError; what
   // is in `destination` then means nothing.

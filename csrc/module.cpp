@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <cstring>
 
 #include "backend/cuda_backend.h"
 #include "backend/host_backend.h"
@@ -11,8 +12,12 @@
 #include "file_image.h"
 #include "fingerprint.h"
 #include "host_store.h"
+#include "packed_image.h"
+#include "packer.h"
+#include "pieces_image.h"
 #include "pinned_ring.h"
 #include "prefetcher.h"
+#include "uploader.h"
 
 namespace py = pybind11;
 using namespace wanoffload;  // NOLINT: this file is the module
@@ -41,7 +46,8 @@ void bind_errors(py::module_& m) {
 void bind_backends(py::module_& m) {
   py::class_<Backend, BackendPtr>(m, "Backend")
       .def_property_readonly("name", &Backend::name)
-      .def("create_stream", &Backend::create_stream)
+      .def("create_stream",
+           [](Backend& self) { return self.create_stream(StreamPriority::kNormal); })
       .def("destroy_stream", &Backend::destroy_stream, py::arg("stream"), NoGil())
       .def("create_event", &Backend::create_event)
       .def("destroy_event", &Backend::destroy_event, py::arg("event"))
@@ -76,7 +82,16 @@ void bind_backends(py::module_& m) {
       .def_property_readonly("locked_bytes", &HostBackend::locked_bytes);
 
   py::class_<CudaBackend, Backend, std::shared_ptr<CudaBackend>>(m, "CudaBackend")
-      .def(py::init<int>(), py::arg("device_index"));
+      .def(py::init<int>(), py::arg("device_index"))
+      .def(
+          "load_unpack_kernel",
+          [](CudaBackend& self, const py::bytes& cubin, const std::string& name, unsigned threads,
+             unsigned shared_bytes) {
+            const std::string_view bytes = cubin;
+            const py::gil_scoped_release released;
+            self.load_unpack_kernel(std::as_bytes(std::span(bytes)), name, threads, shared_bytes);
+          },
+          py::arg("cubin"), py::arg("name"), py::arg("threads"), py::arg("shared_bytes"));
 }
 
 // (file, offset in the file, bytes, offset in the image)
@@ -141,6 +156,17 @@ void bind_files(py::module_& m) {
       });
 }
 
+// (source address, offset in the image, bytes)
+using PieceTuple = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
+
+std::vector<ImagePiece> pieces_of(const std::vector<PieceTuple>& tuples) {
+  std::vector<ImagePiece> pieces;
+  for (const auto& [source, offset, bytes] : tuples) {
+    pieces.push_back({reinterpret_cast<const void*>(source), offset, bytes});
+  }
+  return pieces;
+}
+
 void bind_host_store(py::module_& m) {
   // memoryview(image) keeps the image alive: tensors made over it may outlive every other owner.
   py::class_<HostImage, Image, HostImagePtr>(m, "HostImage", py::buffer_protocol())
@@ -153,13 +179,8 @@ void bind_host_store(py::module_& m) {
           [](const HostImage& self) { return reinterpret_cast<std::uintptr_t>(self.data()); })
       .def(
           "fill",
-          [](HostImage& self,
-             const std::vector<std::tuple<std::uintptr_t, std::size_t, std::size_t>>& pieces) {
-            std::vector<ImagePiece> list;
-            for (const auto& [source, offset, bytes] : pieces) {
-              list.push_back({reinterpret_cast<const void*>(source), offset, bytes});
-            }
-            self.fill(list);
+          [](HostImage& self, const std::vector<PieceTuple>& pieces) {
+            self.fill(pieces_of(pieces));
           },
           py::arg("pieces"), NoGil())
       .def(
@@ -171,11 +192,18 @@ void bind_host_store(py::module_& m) {
       .def("copy_from", &HostImage::copy_from, py::arg("image"), NoGil())
       .def_property_readonly("shared", &HostImage::shared)
       .def("touch", &HostImage::touch, NoGil())
+      .def("drop", &HostImage::drop, py::arg("offset"), py::arg("nbytes"), NoGil())
       .def("lock", &HostImage::lock, NoGil())
       .def("unlock", &HostImage::unlock, NoGil())
       .def("protect", &HostImage::protect, NoGil())
       .def("make_own", &HostImage::make_own, NoGil())
       .def("keep", &HostImage::keep, NoGil());
+
+  py::class_<PiecesImage, Image, std::shared_ptr<PiecesImage>>(m, "PiecesImage")
+      .def(py::init([](const std::vector<PieceTuple>& pieces, std::size_t bytes) {
+             return std::make_shared<PiecesImage>(pieces_of(pieces), bytes);
+           }),
+           py::arg("pieces"), py::arg("nbytes"));
 
   py::class_<Descriptor, std::shared_ptr<Descriptor>>(m, "Descriptor")
       .def(py::init<int>(), py::arg("number"))
@@ -205,6 +233,101 @@ void bind_host_store(py::module_& m) {
         return fingerprint(reinterpret_cast<const void*>(address), bytes, threads);
       },
       py::arg("address"), py::arg("nbytes"), py::arg("threads") = 8U, NoGil());
+}
+
+// (offset, bytes, whether it is bf16)
+using TensorTuple = std::tuple<std::size_t, std::size_t, bool>;
+
+std::vector<PackedTensor> packed_tensors(const std::vector<TensorTuple>& tuples) {
+  std::vector<PackedTensor> tensors;
+  for (const auto& [offset, bytes, bf16] : tuples) tensors.push_back({offset, bytes, bf16});
+  return tensors;
+}
+
+template <class Number>
+bool take_numbers(const py::buffer_info& info, std::vector<std::uint32_t>& numbers) {
+  if (!info.item_type_is_equivalent_to<Number>()) return false;
+  const auto* at = static_cast<const std::byte*>(info.ptr);
+  for (py::ssize_t i = 0; i < info.shape[0]; ++i, at += info.strides[0]) {
+    Number number;
+    std::memcpy(&number, at, sizeof(number));
+    numbers.push_back(static_cast<std::uint32_t>(number));
+  }
+  return true;
+}
+
+std::vector<std::uint32_t> numbers_of(const py::buffer& buffer) {
+  const py::buffer_info info = buffer.request();
+  std::vector<std::uint32_t> numbers;
+  if (info.ndim != 1 ||
+      !(take_numbers<std::uint16_t>(info, numbers) || take_numbers<std::uint32_t>(info, numbers) ||
+        take_numbers<std::int32_t>(info, numbers))) {
+    throw UsageError("escapes are one row of 16-bit or 32-bit numbers");
+  }
+  return numbers;
+}
+
+py::list run_tuples(const PackingPlan& plan) {
+  py::list tuples;
+  for (const PlannedRun& run : plan.runs()) {
+    const bool plain = run.first_tile == PlannedRun::kNoTile;
+    tuples.append(py::make_tuple(
+        static_cast<std::uint32_t>(run.codec), run.plain_offset, run.plain_bytes, run.sections,
+        plain ? -1 : static_cast<py::ssize_t>(run.first_tile), run.escapes));
+  }
+  return tuples;
+}
+
+void bind_packing(py::module_& m) {
+  py::class_<PackingPlan>(m, "PackingPlan")
+      .def(py::init([](std::size_t plain_bytes, const std::vector<TensorTuple>& tensors,
+                       const py::buffer& escapes) {
+             return PackingPlan(plain_bytes, packed_tensors(tensors), numbers_of(escapes));
+           }),
+           py::arg("plain_bytes"), py::arg("tensors"), py::arg("escapes"))
+      .def_property_readonly("packed_bytes", &PackingPlan::packed_bytes)
+      .def_property_readonly("runs", &run_tuples)
+      .def(
+          "write_heads",
+          [](const PackingPlan& self, std::uintptr_t address,
+             const std::vector<std::uint64_t>& checksums) {
+            self.write_heads(reinterpret_cast<std::byte*>(address), checksums);
+          },
+          py::arg("address"), py::arg("checksums"), NoGil());
+
+  py::class_<Packer>(m, "Packer")
+      .def(py::init([](std::uintptr_t address, std::size_t plain_bytes,
+                       const std::vector<TensorTuple>& tensors, unsigned threads) {
+             return std::make_unique<Packer>(reinterpret_cast<const std::byte*>(address),
+                                             plain_bytes, packed_tensors(tensors), threads);
+           }),
+           py::arg("address"), py::arg("plain_bytes"), py::arg("tensors"), py::arg("threads") = 0U,
+           NoGil())
+      .def_property_readonly("plan", &Packer::plan, py::return_value_policy::reference_internal)
+      .def_property_readonly("packed_bytes",
+                             [](const Packer& self) { return self.plan().packed_bytes(); })
+      .def(
+          "write",
+          [](const Packer& self, std::uintptr_t address) {
+            self.write(reinterpret_cast<std::byte*>(address));
+          },
+          py::arg("address"), NoGil());
+
+  py::class_<PackedImage, Image, PackedImagePtr>(m, "PackedImage")
+      .def(py::init<ImagePtr>(), py::arg("stored").none(false), NoGil())
+      .def_property_readonly("stored", &PackedImage::stored)
+      .def_property_readonly("plain_bytes", &PackedImage::plain_bytes)
+      .def_property_readonly("largest_chunk",
+                             [](const PackedImage& self) { return self.packing()->largest_chunk; })
+      .def_property_readonly("plain_fingerprint", &PackedImage::plain_fingerprint)
+      .def(
+          "unpack",
+          [](const PackedImage& self, std::size_t offset, std::size_t bytes,
+             std::uintptr_t destination, unsigned threads) {
+            self.unpack(offset, bytes, reinterpret_cast<std::byte*>(destination), threads);
+          },
+          py::arg("offset"), py::arg("nbytes"), py::arg("destination"), py::arg("threads") = 0U,
+          NoGil());
 }
 
 void bind_ring(py::module_& m) {
@@ -252,14 +375,15 @@ void bind_prefetcher(py::module_& m) {
       .def(
           py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
                       std::size_t slot_bytes, const py::object&, int depth, std::size_t ring_chunks,
-                      std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms) {
-            PrefetchOptions options;
-            options.depth = depth;
-            options.engine.ring_chunks = ring_chunks;
-            options.engine.ring_chunk_bytes = ring_chunk_bytes;
-            options.engine.threads = threads;
-            options.engine.timeout = Milliseconds(timeout_ms);
-            return std::make_unique<Prefetcher>(backend, slots, slot_bytes, options);
+                      std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms,
+                      const std::vector<DeviceAddress>& staging, std::size_t staging_bytes) {
+            return std::make_unique<Prefetcher>(backend, slots, slot_bytes,
+                                                PrefetchOptions{depth,
+                                                                {ring_chunks,
+                                                                 ring_chunk_bytes,
+                                                                 threads,
+                                                                 Milliseconds(timeout_ms),
+                                                                 {staging, staging_bytes}}});
           }),
           // Its destructor waits for copies into the slots: their owner must live until then,
           // in whatever order a garbage collection takes things apart.
@@ -267,7 +391,8 @@ void bind_prefetcher(py::module_& m) {
           py::arg("owner"), py::kw_only(), py::arg("depth"),
           py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
           py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
-          py::arg("timeout_ms") = 60'000)
+          py::arg("timeout_ms") = 60'000, py::arg("staging") = std::vector<DeviceAddress>{},
+          py::arg("staging_bytes") = 0)
       .def("add_unit", &Prefetcher::add_unit, py::arg("image"), NoGil())
       .def("set_order", &Prefetcher::set_order, py::arg("units"), NoGil())
       .def("order", &Prefetcher::order, NoGil())
@@ -290,9 +415,28 @@ void bind_prefetcher(py::module_& m) {
       .def("reset_stats", &Prefetcher::reset_stats, NoGil())
       .def("recent_events", &Prefetcher::recent_events, NoGil())
       .def_property_readonly("copy_stream", &Prefetcher::copy_stream)
+      .def_property_readonly("unpack_stream", &Prefetcher::unpack_stream)
       .def_property_readonly("ring_bytes", py::cpp_function(&Prefetcher::ring_bytes, NoGil()))
       .def_property_readonly("slot_count", &Prefetcher::slot_count)
       .def_property_readonly("unit_count", py::cpp_function(&Prefetcher::unit_count, NoGil()));
+}
+
+void bind_uploader(py::module_& m) {
+  py::class_<Uploader>(m, "Uploader", py::release_gil_before_calling_cpp_dtor())
+      .def(py::init([](const BackendPtr& backend, std::size_t ring_chunks,
+                       std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms) {
+             return std::make_unique<Uploader>(
+                 backend,
+                 EngineOptions{ring_chunks, ring_chunk_bytes, threads, Milliseconds(timeout_ms)});
+           }),
+           NoGil(), py::arg("backend"), py::kw_only(),
+           py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
+           py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
+           py::arg("timeout_ms") = 60'000)
+      .def("start", &Uploader::start, py::arg("image").none(false), py::arg("address"),
+           py::arg("wait_for_stream"), NoGil())
+      .def("wait", &Uploader::wait, py::arg("stream"), NoGil())
+      .def("close", &Uploader::close, NoGil());
 }
 
 }  // namespace
@@ -303,6 +447,8 @@ PYBIND11_MODULE(_C, m) {
   bind_backends(m);
   bind_files(m);
   bind_host_store(m);
+  bind_packing(m);
   bind_ring(m);
   bind_prefetcher(m);
+  bind_uploader(m);
 }

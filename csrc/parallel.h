@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -25,6 +27,32 @@ void parallel_for(std::size_t size, std::size_t grain, unsigned threads, const B
   std::vector<std::jthread> pool;
   for (std::size_t i = 1; i < helpers; ++i) pool.emplace_back(work);
   work();
+}
+
+// Calls body(0), body(1), ..., body(count - 1), and throws the first error; what is left is then
+// not begun.
+template <class Body>
+void parallel_each(std::size_t count, unsigned threads, const Body& body) {
+  std::mutex mutex;
+  std::exception_ptr error;
+  parallel_for(count, 1, threads, [&](std::size_t i, std::size_t) {
+    {
+      const std::lock_guard lock(mutex);
+      if (error) return;
+    }
+    try {
+      body(i);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+// How many threads to use where so many were asked for; 0: as many as there are cores, 16 at most.
+inline unsigned thread_count(unsigned asked) {
+  return asked != 0 ? asked : std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
 }
 
 }  // namespace wanoffload

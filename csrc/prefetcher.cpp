@@ -27,10 +27,11 @@ Prefetcher::~Prefetcher() {
 
 // Refuses an image that no slot can hold; makes the ring if this is the first that needs it.
 void Prefetcher::make_room_for(const Image& image) {
-  if (image.bytes() > slots_.slot_bytes()) {
-    throw UsageError("a unit of " + std::to_string(image.bytes()) + " bytes in slots of " +
+  if (image.plain_bytes() > slots_.slot_bytes()) {
+    throw UsageError("a unit of " + std::to_string(image.plain_bytes()) + " bytes in slots of " +
                      std::to_string(slots_.slot_bytes()));
   }
+  engine_.check_staging(image);
   if (!image.locked()) engine_.prepare_ring();
 }
 
@@ -174,6 +175,16 @@ void Prefetcher::settle(int unit, int slot) {
   }
 }
 
+void Prefetcher::begin_read(int unit, int slot, StreamHandle stream) {
+  try {
+    slots_.begin_read(slot, stream);
+  } catch (const TransferError&) {  // what is there is of no use
+    slots_.drop(slot);
+    note(Happened::kFetchFailed, unit, slot);
+    throw;
+  }
+}
+
 // For a transfer whose bytes nobody needs any more: that it failed does not matter.
 void Prefetcher::wait_until_over(Transfer& transfer) {
   try {
@@ -191,7 +202,7 @@ Acquired Prefetcher::acquire(int unit, StreamHandle stream) {
   try {
     slot = slot_with(unit);
     settle(unit, slot);
-    slots_.begin_read(slot, stream);
+    begin_read(unit, slot, stream);
   } catch (const UsageError&) {
     throw;
   } catch (const ClosedError&) {

@@ -27,7 +27,7 @@ struct PrefetchStats {
   std::uint64_t acquires = 0;
   std::uint64_t cold = 0;  // acquires that had to start the fetch themselves
   std::uint64_t fetches = 0;
-  std::uint64_t bytes_fetched = 0;
+  std::uint64_t bytes_fetched = 0;  // as they cross the link: of packed units, the packed bytes
   std::uint64_t invalidations = 0;  // prefetched bytes thrown away because the host's changed
   std::uint64_t failures = 0;       // fetches that failed
 };
@@ -77,8 +77,10 @@ class Prefetcher {
   // reads any more. Throws what invalidate and add_unit throw; the unit then keeps its image.
   void replace_unit(int unit, ImagePtr image);
   void set_poison(std::optional<std::uint8_t> value) { engine_.set_poison(value); }
-  // Where the copies run. For tests and traces.
+  // Where the copies run, and where packed units are unpacked (0: there is no staging memory). For
+  // tests and traces.
   [[nodiscard]] StreamHandle copy_stream() const { return engine_.stream(); }
+  [[nodiscard]] StreamHandle unpack_stream() const { return engine_.unpack_stream(); }
 
   [[nodiscard]] int unit_count() const;
   [[nodiscard]] int slot_count() const { return slots_.size(); }
@@ -110,6 +112,7 @@ class Prefetcher {
   int slot_with(int unit);
   void fetch(int unit, int slot);
   void settle(int unit, int slot);
+  void begin_read(int unit, int slot, StreamHandle stream);
   void wait_until_over(Transfer& transfer);
   void top_up();
   [[nodiscard]] int distance(int unit) const;

@@ -6,6 +6,8 @@ stream; on the host backend, the calling thread), device memory an address.
 
 from collections.abc import Sequence
 
+from typing_extensions import Buffer
+
 class OffloadError(RuntimeError): ...
 class BackendError(OffloadError): ...
 class TransferError(OffloadError): ...
@@ -154,6 +156,69 @@ class HostStore:
     def locked_bytes(self) -> int: ...
 
 def fingerprint(address: int, nbytes: int, threads: int = ...) -> int: ...
+
+_PackedTensor = tuple[int, int, bool]  # offset in the plain image, bytes, whether it is bf16
+_Run = tuple[int, int, int, int, int, int]
+
+class PackingPlan:
+    """What a packed image will look like, from the number of escapes of every tile.
+
+    `tensors`: in the order of the plain image; what lies up to the next one (or the end) belongs to
+    a tensor. `escapes`: one row of 16-bit or 32-bit numbers, one for each whole tile of 1,024
+    weights of each bf16 tensor. Raises UsageError.
+    """
+
+    def __init__(
+        self, plain_bytes: int, tensors: Sequence[_PackedTensor], escapes: Buffer
+    ) -> None: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    @property
+    def runs(self) -> list[_Run]:
+        """(codec, offset in the plain image, bytes of it, where its sections begin in the packed
+        image, its first tile among all (or -1), escapes), in order."""
+    def write_heads(self, address: int, checksums: Sequence[int]) -> None:
+        """Writes the head and the headers and tables of chunks into a packed image, nothing else.
+
+        `checksums`: what each run adds to the fingerprint of the plain image."""
+
+class Packer:
+    """Packs a plain image on the CPU: looks at all of it when made, then writes.
+
+    The image must stay as it is until write() has returned. `threads`: 0: as many as there are
+    cores, 16 at most. Raises UsageError.
+    """
+
+    def __init__(
+        self, address: int, plain_bytes: int, tensors: Sequence[_PackedTensor], threads: int = ...
+    ) -> None: ...
+    @property
+    def plan(self) -> PackingPlan: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    def write(self, address: int) -> None:
+        """Writes `packed_bytes` bytes, every one of them."""
+
+class PackedImage(Image):
+    """Packed bytes, which `nbytes` and `read` mean, that know how they are unpacked.
+
+    Raises TransferError if `stored` is no packed image, or one with a spoilt head.
+    """
+
+    def __init__(self, stored: Image) -> None: ...
+    @property
+    def stored(self) -> Image: ...
+    @property
+    def plain_bytes(self) -> int: ...
+    @property
+    def largest_chunk(self) -> int: ...
+    @property
+    def plain_fingerprint(self) -> int: ...
+    def unpack(self, offset: int, nbytes: int, destination: int, threads: int = ...) -> None:
+        """Puts bytes of the plain image at an address, with this many threads (0: one a core).
+
+        Raises TransferError, which names the place, if they are spoilt. Any thread may.
+        """
 
 class PinnedRing:
     def __init__(self, backend: Backend, chunks: int, chunk_bytes: int) -> None: ...

@@ -53,9 +53,13 @@ _PLAN = (
 )
 _PACK = (
     "Writes the cache file that load(..., cache=OUT) streams a transformer's blocks from, in the "
-    "dtype in which they run. Takes host memory for one block, and disk for all of them."
+    "dtype in which they run, packed without loss (docs/packing.md). Takes host memory for one "
+    "block, and disk for all of them."
 )
-_CHECK = "Reads a cache file as a whole and compares each block with its checksum."
+_CHECK = (
+    "Reads a cache file as a whole, compares each block with its checksum, and unpacks what is "
+    "packed."
+)
 
 
 def _add_probe(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +83,17 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", help="a pipeline's or model's folder, a .safetensors file, or an id of the hub"
     )
-    parser.add_argument("out", help="the file to be written; must not be there yet")
+    parser.add_argument(
+        "out", nargs="?", help="the file to be written; must not be there yet. Not needed to report"
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="plain images, of 1.4 times the size, for any dtype"
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="say what packing saves, for each kind of tensor. Without OUT nothing is written",
+    )
     parser.add_argument(
         "--subfolder", default="transformer", help="of the pipeline; default: %(default)s"
     )

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanoffload.arguments import choices_of, hardware_of, make_parser, workload_of
 from wanoffload.errors import OffloadError
@@ -68,9 +68,22 @@ def run_plan(arguments: argparse.Namespace) -> str:
 
 
 def run_pack(arguments: argparse.Namespace) -> str:
-    """Writes a cache file; says what was written, and how quickly."""
-    import torch
+    """Writes a cache file, or only says what packing saves; says what was written, how quickly."""
+    if arguments.out is None and not arguments.report:
+        raise ValueError("OUT, the file to be written, is missing; only --report does without")
+    lines = [_report(arguments)] if arguments.report else []
+    if arguments.out is not None:
+        lines.append(_write_cache(arguments))
+    return "\n".join(lines)
 
+
+def _report(arguments: argparse.Namespace) -> str:
+    from wanoffload.loading.pack_report import report
+
+    return report(arguments.model, arguments.subfolder, **_checkpoint_options(arguments)).as_text()
+
+
+def _write_cache(arguments: argparse.Namespace) -> str:
     from wanoffload.loading.packing import pack
 
     begin = time.perf_counter()
@@ -78,11 +91,20 @@ def run_pack(arguments: argparse.Namespace) -> str:
         arguments.model,
         arguments.out,
         arguments.subfolder,
-        torch_dtype=getattr(torch, arguments.dtype),
-        variant=arguments.variant,
-        revision=arguments.revision,
+        plain=arguments.plain,
+        **_checkpoint_options(arguments),
     )
     return f"{arguments.out}: {_contents(header)} {_rate(header, begin)}"
+
+
+def _checkpoint_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    return {
+        "torch_dtype": getattr(torch, arguments.dtype),
+        "variant": arguments.variant,
+        "revision": arguments.revision,
+    }
 
 
 def run_check(arguments: argparse.Namespace) -> str:
@@ -97,7 +119,13 @@ def run_check(arguments: argparse.Namespace) -> str:
 
 def _contents(header: CacheHeader) -> str:
     blocks = f"{len(header.units)} blocks of {header.identity.model}"
-    return f"{blocks}, {gb(header.file_bytes)} ({header.file_bytes} bytes)"
+    packed = sum(unit.packed for unit in header.units)
+    how = "plain"
+    if packed:
+        stored = sum(unit.nbytes for unit in header.units)
+        plain = sum(unit.layout.nbytes for unit in header.units)
+        how = f"{packed} packed, in {stored / plain:.4f} of {gb(plain)}"
+    return f"{blocks} ({how}), {gb(header.file_bytes)} ({header.file_bytes} bytes)"
 
 
 def _rate(header: CacheHeader, begin: float) -> str:

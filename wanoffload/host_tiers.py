@@ -44,16 +44,25 @@ class HostPlan:
     """The tier of each unit, the bytes of the pinned ring, and what was chosen in a sentence.
 
     `shared`: units whose images another process has filled: they take no memory of this one.
+    `packed`: units whose images are packed. `sizes`: bytes of the images; of those that are still
+    to be packed, an estimate.
     """
 
     tiers: tuple[str, ...]
     ring_bytes: int
     sentence: str
     shared: frozenset[int] = frozenset()
+    packed: frozenset[int] = frozenset()
+    sizes: tuple[int, ...] = ()
 
     def takes_memory(self, unit: int) -> bool:
         """Whether the unit's image is new memory of the host."""
         return self.tiers[unit] != DISK and unit not in self.shared
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the images and the ring, in host memory."""
+        return host_bytes(self.sizes, self)
 
     @property
     def ring_chunks(self) -> int:
@@ -69,6 +78,7 @@ def assign(
     lockable: int,
     why_not_in_files: Sequence[str | None],
     shared: frozenset[int] = frozenset(),
+    packed: frozenset[int] = frozenset(),
 ) -> HostPlan:
     """The tier of each unit, in the order in which they are used.
 
@@ -83,6 +93,7 @@ def assign(
             their bytes are moved.
         why_not_in_files: for each unit, what keeps it from standing in a file; None: nothing.
         shared: units whose images are in memory already, filled by another process.
+        packed: units whose images are packed.
 
     Raises:
         WrapError: "disk", and a unit can't stand in a file.
@@ -94,7 +105,7 @@ def assign(
     else:
         tiers = (choice.kind,) * len(sizes)
         _check_files(choice, why_not_in_files)
-    plan = HostPlan(tiers, ring_bytes(sizes, tiers), "", shared)
+    plan = HostPlan(tiers, ring_bytes(sizes, tiers), "", shared, packed, tuple(sizes))
     need = host_bytes(sizes, plan)
     if choice.budget is not None and need > choice.budget:
         raise HostMemoryError(
@@ -102,7 +113,12 @@ def assign(
             f"{_of_which_ring(plan)}; host_budget is {gb(choice.budget)}: raise it"
             + ("" if choice.kind in (AUTO, DISK) else ", or choose host='auto'")
         )
-    return replace(plan, sentence=_sentence(sizes, plan))
+    return with_sizes(plan, sizes)
+
+
+def with_sizes(plan: HostPlan, sizes: Sequence[int]) -> HostPlan:
+    """The plan with images of these sizes, and the sentence that says so."""
+    return replace(plan, sizes=tuple(sizes), sentence=_sentence(sizes, plan))
 
 
 def host_bytes(sizes: Sequence[int], plan: HostPlan) -> int:
@@ -153,8 +169,13 @@ def _automatic(
 
 def _spread(units: int, tier: str, may: Sequence[int], count: int) -> tuple[str, ...]:
     """`count` of those that may are of this tier, evenly between the others, which are pinned."""
-    chosen = {may[step * len(may) // count] for step in range(count)}
+    chosen = {may[place] for place in evenly(count, len(may))}
     return tuple(tier if number in chosen else PINNED for number in range(units))
+
+
+def evenly(count: int, total: int) -> frozenset[int]:
+    """`count` of the numbers below `total`, evenly between the others."""
+    return frozenset(step * total // count for step in range(count))
 
 
 def _check_files(choice: HostChoice, why_not_in_files: Sequence[str | None]) -> None:
@@ -177,4 +198,5 @@ def _sentence(sizes: Sequence[int], plan: HostPlan) -> str:
             parts.append(f"{len(chosen)} of {len(sizes)} blocks {words} ({gb(sum(chosen))})")
     ring = f", through a pinned ring of {gb(plan.ring_bytes)}" if plan.ring_bytes else ""
     shared = f"; {len(plan.shared)} of them shared" if plan.shared else ""
-    return ", ".join(parts) + ring + shared
+    packed = f"; {len(plan.packed)} of them packed" if plan.packed else ""
+    return ", ".join(parts) + ring + shared + packed

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from wanoffload import hooks, image, units
-from wanoffload._C import Backend, CudaBackend, HostBackend, Image, Prefetcher, fingerprint
+from wanoffload._C import (
+    Backend,
+    CudaBackend,
+    HostBackend,
+    Image,
+    PackedImage,
+    Prefetcher,
+    fingerprint,
+)
 from wanoffload.binding import Binding
 from wanoffload.errors import ConcurrentForwardError, MoveError, WrapError
 from wanoffload.host_tensor import ordinary_tensors
@@ -21,6 +29,10 @@ from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.step_time import StepTime
 
 logger = logging.getLogger(__name__)
+
+STAGING_SLOTS = 4
+"""Packed chunks on the device at once: one is copied, one unpacked, two even that out. A chunk is
+39.93 MB at most, where every weight of it escapes (docs/packing.md), and 23.7 as weights are."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,10 @@ class Stats:
     `cold`: acquires that found nobody had fetched their block yet. `host_bytes`: of the images in
     host memory; `disk_bytes`: of those in files; `locked_bytes`: page-locked, images and ring;
     `slot_bytes`: on the device, all slots; `ring_bytes`: of the pinned ring, 0 where every image is
-    page-locked. `slots`, `slot_bytes` and `ring_bytes` are 0 while the offloader is paused.
+    page-locked; `staging_bytes`: on the device, where packed chunks are unpacked from, 0 where
+    nothing is packed. `slots`, `slot_bytes`, `ring_bytes` and `staging_bytes` are 0 while the
+    offloader is paused. `packed_units`: blocks whose images are packed; bytes of them are packed
+    bytes.
     `predicted_step_seconds`: of a denoising step,
     by the plan; `measured_step_seconds`: of the second step. None where nothing was predicted, or
     the device has not got that far.
@@ -52,6 +67,8 @@ class Stats:
     ring_bytes: int
     predicted_step_seconds: float | None = None
     measured_step_seconds: float | None = None
+    packed_units: int = 0
+    staging_bytes: int = 0
 
 
 _COUNTS = ("acquires", "cold", "fetches", "bytes_fetched", "invalidations", "failures")
@@ -102,8 +119,19 @@ class SlotMemory:
         return self.memory[self.start(slot) : self.start(slot) + nbytes]
 
 
+def _no_memory() -> SlotMemory:
+    return SlotMemory(0, 0, torch.device("cpu"))
+
+
+def _largest_chunk(image: Image) -> int:
+    """Bytes of the staging memory that the image needs at once; 0: it is not packed."""
+    return image.largest_chunk if isinstance(image, PackedImage) else 0
+
+
 class Offloader(hooks.Attached):
     """A wrapped model's runtime. Get it with `wanoffload.offloader(transformer)`.
+
+    `pack`: the share of the blocks that was packed, from 0.0 to 1.0.
 
     Forwards of the model run on one thread at a time, on any CUDA stream. Everything here may be
     called from any thread.
@@ -122,7 +150,9 @@ class Offloader(hooks.Attached):
         self.device = device
         self.verify = verify
         self.host_plan = host_plan
+        self.pack = 0.0
         self.slots = slots
+        self.staging = _no_memory()
         self.bindings: list[Binding] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
         self.moving_all = False
@@ -134,7 +164,9 @@ class Offloader(hooks.Attached):
         self._slot_bytes = slots.slot_bytes
         self._poison: int | None = None
         self._slot_owner: list[Tensor] = []
-        self._prefetcher = self._make_prefetcher()
+        self._prefetcher: Prefetcher  # made by connect()
+        self._connected = False
+        self._can_unpack = False
         self._forwards = 0
         self._past = dict.fromkeys(_COUNTS, 0)  # counts of the engines before the last pause
         self._step_time = StepTime(device)
@@ -145,10 +177,18 @@ class Offloader(hooks.Attached):
         self._paused = False
         self._process = os.getpid()
 
-    def _make_prefetcher(self) -> Prefetcher:
+    def connect(self, bindings: list[Binding]) -> None:
+        """Makes the engine and hands it the images of all blocks, in the order of their use."""
+        self.bindings = bindings
+        self._order = list(range(len(bindings)))
+        self._make_engine()
+
+    def _make_engine(self) -> None:
+        """An engine over the slots, and over staging memory where something is packed."""
+        self.staging = self._make_staging()
         # The engine keeps this list alive, and so the memory until it has closed.
-        self._slot_owner = [self.slots.memory]
-        return Prefetcher(
+        self._slot_owner = [self.slots.memory, self.staging.memory]
+        self._prefetcher = Prefetcher(
             self._backend,
             self.slots.addresses(),
             self.slots.slot_bytes,
@@ -156,13 +196,31 @@ class Offloader(hooks.Attached):
             depth=self._prefetch,
             ring_chunks=self.host_plan.ring_chunks,
             ring_chunk_bytes=CHUNK_BYTES,
+            staging=self.staging.addresses(),
+            staging_bytes=self.staging.slot_bytes,
         )
+        self._connected = True
+        self._prefetcher.set_poison(self._poison)
+        for binding in self.bindings:
+            binding.index = self._prefetcher.add_unit(binding.image)
+        self._prefetcher.set_order(self._order)
 
-    def add(self, binding: Binding) -> None:
-        """Hands a block's image to the engine."""
-        binding.index = self._prefetcher.add_unit(binding.image)
-        self.bindings.append(binding)
-        self._order.append(binding.index)
+    def _make_staging(self) -> SlotMemory:
+        """For the largest chunk of what is packed now."""
+        largest = max((_largest_chunk(binding.image) for binding in self.bindings), default=0)
+        if largest == 0:
+            return _no_memory()
+        self._prepare_unpacking()
+        with ordinary_tensors():
+            return SlotMemory(STAGING_SLOTS, largest, self.device)
+
+    def _prepare_unpacking(self) -> None:
+        """Gives the backend its kernel, once."""
+        if isinstance(self._backend, CudaBackend) and not self._can_unpack:
+            from wanoffload.kernels.unpack import compile_unpack
+
+            self._backend.load_unpack_kernel(*compile_unpack(self.device))
+        self._can_unpack = True
 
     # The steady path.
 
@@ -185,8 +243,16 @@ class Offloader(hooks.Attached):
         return [binding.tier for binding in self.bindings]
 
     def replace(self, index: int, image: Image) -> None:
-        """Another image stands in the place of a block's from here on."""
-        if not self._closed and not self._paused:
+        """Another image stands in the place of a block's from here on.
+
+        Not inside of a block. One that is packed into larger chunks than the staging memory holds
+        ends the engine, until the next forward makes one with more.
+        """
+        if self._closed or self._paused:
+            return
+        if _largest_chunk(image) > self.staging.slot_bytes:
+            self._pause()
+        else:
             self._prefetcher.replace_unit(index, image)
 
     def invalidate(self, index: int) -> None:
@@ -314,11 +380,12 @@ class Offloader(hooks.Attached):
         return self._prefetch
 
     def pause(self) -> None:
-        """Gives the device slots and the pinned ring back until the next forward. Idempotent.
+        """Gives the device's memory and the pinned ring back until the next forward. Idempotent.
 
         Ends prefetching, and waits on the host for the copies in flight and for what the device
         still reads from the slots. The weights stay page-locked, true and writable. The next
-        forward takes new slots by itself, and finds its first block cold. Raises
+        forward takes new slots (and staging memory) by itself, and finds its first block cold.
+        Raises
         ConcurrentForwardError during a forward, TransferTimeout if a copy stalls (it can then be
         called again). Does nothing once closed.
         """
@@ -327,11 +394,14 @@ class Offloader(hooks.Attached):
         if not self._enter_thread("pause()"):
             raise ConcurrentForwardError("a forward of this model is running: pause it afterwards")
         try:
-            self._paused = True
-            self._step_time.restart()
-            self._let_slots_go()
+            self._pause()
         finally:
             self._leave_thread()
+
+    def _pause(self) -> None:
+        self._paused = True
+        self._step_time.restart()
+        self._let_slots_go()
 
     def set_prefetch(self, prefetch: int) -> None:
         """Another number of blocks ahead, and of slots, from the next forward on. Pauses."""
@@ -340,11 +410,12 @@ class Offloader(hooks.Attached):
         self._slot_count = min(prefetch + 1, len(self.bindings))
 
     def _let_slots_go(self) -> None:
-        self._prefetcher.close()
+        if self._connected:
+            self._prefetcher.close()
         for binding in self.bindings:
             binding.forget_views()
         self._slot_owner.clear()
-        self.slots = SlotMemory(0, 0, torch.device("cpu"))
+        self.slots = self.staging = _no_memory()
 
     def _resume(self) -> None:
         """New slots and a new engine, with the same units in the same order, if it was paused."""
@@ -356,11 +427,7 @@ class Offloader(hooks.Attached):
         for name in _COUNTS:
             self._past[name] += getattr(self._prefetcher.stats(), name)
         self._prefetcher.reset_stats()
-        self._prefetcher = self._make_prefetcher()
-        self._prefetcher.set_poison(self._poison)
-        for binding in self.bindings:
-            binding.index = self._prefetcher.add_unit(binding.image)
-        self._prefetcher.set_order(self._order)
+        self._make_engine()
         self._paused = False
         self._prefetcher.prefetch()
 
@@ -418,6 +485,8 @@ class Offloader(hooks.Attached):
             ring_bytes=ring,
             predicted_step_seconds=self._step_time.predicted,
             measured_step_seconds=self._step_time.measured(),
+            packed_units=sum(isinstance(binding.image, PackedImage) for binding in self.bindings),
+            staging_bytes=self.staging.nbytes,
         )
 
     def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:

@@ -67,7 +67,7 @@ class SharedArena:
         Args:
             name: letters, digits and `._-/`, at most 100.
             identity: of the contents, in terms of JSON: whatever the bytes depend on.
-            sizes: bytes of each unit. None takes memory before it is asked for.
+            sizes: bytes of each unit, at most. None takes memory before it is asked for.
             store: makes the images.
 
         Raises:
@@ -94,13 +94,21 @@ class SharedArena:
         """Whether the arena has this unit: the filler has asked for its image."""
         return unit in self._units
 
-    def image(self, unit: int) -> HostImage:
+    def first_bytes(self, unit: int, nbytes: int) -> bytes:
+        """Of a unit that is there."""
+        assert self._memory is not None, "the arena is closed"
+        return os.pread(self._memory.fd, nbytes, self._contents.offsets[unit])
+
+    def image(self, unit: int, nbytes: int | None = None) -> HostImage:
         """A unit's bytes, mapped in this process, not page-locked. It outlives the arena.
 
-        The filler gets zeros, with memory behind them, to be filled. Raises HostMemoryError.
+        `nbytes`: of the image, at most what was said when the arena was joined (None: that); the
+        rest of the unit's place takes no memory. The filler gets zeros, with memory behind them,
+        to be filled. Raises HostMemoryError.
         """
         assert self._memory is not None, "the arena is closed"
-        size = self._contents.sizes[unit]
+        size = self._contents.sizes[unit] if nbytes is None else nbytes
+        assert size <= self._contents.sizes[unit]
         if not self.filled:
             host_memory.require(size, f"unit {unit} of the shared arena {self.name}")
         offset = self._contents.offsets[unit]

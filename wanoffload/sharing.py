@@ -9,6 +9,7 @@ from torch import nn
 
 from wanoffload._C import HostStore
 from wanoffload.image import ImageLayout
+from wanoffload.packing import most_bytes
 from wanoffload.shared_arena import SharedArena
 from wanoffload.units import Unit
 from wanoffload.weights import Weights
@@ -21,10 +22,12 @@ def joined(
     weights: Weights,
     units: list[Unit],
     layouts: list[ImageLayout],
+    packed: frozenset[int],
     store: HostStore,
 ) -> Iterator[SharedArena | None]:
     """The arena of this name; None without a name. Raises what `SharedArena.join` does.
 
+    `packed`: the units whose images are packed: the arena has room for them whatever they will be.
     It is let go at the end: images hold what they stand on.
     """
     if name is None:
@@ -33,9 +36,14 @@ def joined(
     identity = {
         "model": f"{type(module).__module__}.{type(module).__qualname__}",
         "units": [[unit.name, _table(own)] for unit, own in zip(units, layouts, strict=True)],
+        "packed blocks": sorted(packed),
         "weights": weights.identity(units, layouts),
     }
-    arena = SharedArena.join(name, identity, [layout.nbytes for layout in layouts], store)
+    sizes = [
+        most_bytes(layout) if number in packed else layout.nbytes
+        for number, layout in enumerate(layouts)
+    ]
+    arena = SharedArena.join(name, identity, sizes, store)
     try:
         yield arena
     finally:

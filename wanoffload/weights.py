@@ -6,22 +6,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wanoffload import host_memory, image
-from wanoffload._C import FileImage, HostBackend, HostImage, HostStore
+from wanoffload._C import HostBackend, HostImage, HostStore, Image, PiecesImage
 from wanoffload.binding import Binding
 from wanoffload.errors import OffloadError
 from wanoffload.host_tiers import HostPlan
-from wanoffload.image import ImageLayout, Lock
+from wanoffload.image import ImageLayout, Lock, TensorSpec
+from wanoffload.pack_choice import Cached
 from wanoffload.units import Unit, tie_key
 
 logger = logging.getLogger(__name__)
 
 Identity = dict[str, Any]
+Source = Image | Sequence[Tensor]
+"""Where a unit's plain bytes can be had: an image to be read, or its tensors, in the order of its
+layout."""
+
+PACKED_NEED_A_CACHE = "packed blocks stand on disk in a cache file only: give cache=FILE"
 
 
 class Weights(Protocol):
@@ -29,8 +36,12 @@ class Weights(Protocol):
     `in_files` once for each unit whose image is not there yet, and `undo` in place of what is left
     when something fails."""
 
-    def why_not_in_files(self, unit: Unit) -> str | None:
+    def why_not_in_files(self, unit: Unit, packed: bool) -> str | None:
         """What keeps the unit's image from standing in a file, as the disk tier needs it."""
+
+    def cached(self, units: list[Unit], layouts: list[ImageLayout]) -> Cached | None:
+        """How the images stand in a cache file, if one is there by now. Raises CacheFileError if it
+        is another model's."""
 
     def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:
         """What the bytes of the images depend on besides units and layouts, in terms of JSON."""
@@ -46,9 +57,14 @@ class Weights(Protocol):
         """Brings to the device what is not streamed. `streamed`: ids of the parameters that are."""
 
     def write(self, unit: Unit, layout: ImageLayout, memory: HostImage, lock: Lock) -> None:
-        """Fills a unit's image as `layout` says, and calls `lock` once its pages are there."""
+        """Fills a unit's image as `layout` says, and calls `lock` once its pages are there. One
+        that is packed in the cache file is filled with what stands there."""
 
-    def in_files(self, unit: Unit, layout: ImageLayout) -> FileImage:
+    def source(self, unit: Unit, layout: ImageLayout) -> Source | None:
+        """Where the unit's plain bytes can be had without an image that `write` fills. None:
+        nowhere. Keeps nothing alive: what the model holds must stay as it is."""
+
+    def in_files(self, unit: Unit, layout: ImageLayout) -> Image:
         """The unit's image where it stands in files. Only if nothing keeps it from that."""
 
     def finish(self) -> None:
@@ -71,8 +87,13 @@ class OwnTensors:
         self._moved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._came_from: list[list[torch.device]] = []  # for each unit, its tensors' devices
 
-    def why_not_in_files(self, unit: Unit) -> str | None:
+    def why_not_in_files(self, unit: Unit, packed: bool) -> str | None:
+        if packed:
+            return PACKED_NEED_A_CACHE
         return "the weights of this model are in memory, and in no file: give cache=FILE"
+
+    def cached(self, units: list[Unit], layouts: list[ImageLayout]) -> None:
+        """Nobody gave one."""
 
     def in_files(self, unit: Unit, layout: ImageLayout) -> NoReturn:
         raise AssertionError("they are in memory")
@@ -92,13 +113,15 @@ class OwnTensors:
         return host_memory.to_be_had() + given_back - max(layout.nbytes for layout in layouts)
 
     def prepare(self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan) -> None:
-        """What is still to be taken."""
+        """What is still to be taken: the images, less what the weights give back on their way."""
         self._came_from = [[group[0].tensor.device for group in unit.groups] for unit in units]
-        largest = max(layout.nbytes for layout in layouts)
         total = sum(layout.nbytes for layout in layouts)
-        in_memory = [unit for number, unit in enumerate(units) if plan.takes_memory(number)]
+        in_memory = [number for number in range(len(units)) if plan.takes_memory(number)]
+        moved = sum(layouts[number].nbytes for number in in_memory)
+        given_back = moved - _kept([units[number] for number in in_memory])
+        images = plan.host_bytes - plan.ring_bytes
         host_memory.require(
-            _kept(in_memory) + largest + plan.ring_bytes,
+            max(0, images - given_back) + way_bytes(layouts, plan) + plan.ring_bytes,
             f"wrapping {type(self._model).__name__} ({len(units)} blocks of "
             f"{total / 1e9:.2f} GB in all, moved one at a time)",
         )
@@ -127,6 +150,14 @@ class OwnTensors:
         tensors = [group[0].tensor for group in unit.groups]
         image.write_image(memory, layout, tensors, lock)
 
+    def source(self, unit: Unit, layout: ImageLayout) -> Source:
+        tensors = [group[0].tensor for group in unit.groups]
+        if not all(map(_is_as_laid_out, tensors, layout.specs)):
+            return tensors
+        pairs = zip(tensors, layout.specs, strict=True)
+        pieces = [(tensor.data_ptr(), spec.offset, spec.nbytes) for tensor, spec in pairs]
+        return PiecesImage(pieces, layout.nbytes)
+
     def finish(self) -> None:
         came_from = {device.type for devices in self._came_from for device in devices}
         if self._device.type == "cuda" and "cuda" in came_from:
@@ -150,6 +181,19 @@ class OwnTensors:
                 owner._buffers[key] = tensor
             else:
                 tensor.data = data
+
+
+def way_bytes(layouts: list[ImageLayout], plan: HostPlan) -> int:
+    """Bytes of host memory beside the images, while a unit is moved: it is there twice, and once
+    more while it is packed."""
+    largest = max(layout.nbytes for layout in layouts)
+    return largest * (2 if plan.packed else 1)
+
+
+def _is_as_laid_out(tensor: Tensor, spec: TensorSpec) -> bool:
+    """Whether the tensor's bytes stand on the host as they will in the image."""
+    plain = tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+    return plain and tensor.stride() == spec.stride
 
 
 def _fingerprint(unit: Unit, layout: ImageLayout) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -15,13 +14,16 @@ from torch import nn
 from tqdm import tqdm
 
 from wanoffload import hooks, host_memory, image
-from wanoffload._C import Backend, BackendError, HostImage, HostMemoryError, HostStore, Image
+from wanoffload._C import Backend, HostImage, HostStore
 from wanoffload.binding import Binding
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import ordinary_tensors
-from wanoffload.host_tiers import AUTO, DISK, PINNED, HostChoice, HostPlan, assign
+from wanoffload.host_tiers import AUTO, DISK, HostChoice, HostPlan, assign
 from wanoffload.image import ImageLayout
 from wanoffload.loading.cached_weights import CachedWeights
+from wanoffload.pack_choice import AUTO_PACK, Pack, Packable, check_pack, choose
+from wanoffload.packing import estimated_bytes, packs, stored_image
+from wanoffload.placing import Placing
 from wanoffload.runtime import Offloader, SlotMemory, backend_for
 from wanoffload.shared_arena import SharedArena, check_name
 from wanoffload.sharing import joined
@@ -44,6 +46,7 @@ def wrap(
     host_budget: int | str | None = None,
     cache: str | os.PathLike[str] | None = None,
     share: str | None = None,
+    pack: bool | str | None = None,
     verify: bool = False,
 ) -> nn.Module:
     """Streams a transformer's blocks through a few slots of device memory. In place.
@@ -79,6 +82,12 @@ def wrap(
             them. A block that a process writes to becomes that process's own first. Nothing is
             left when the last one ends, however it ends. Processes that can't see each other in
             /proc (of other containers) don't meet, and each holds a copy.
+        pack: True: blocks stand on the host packed, bit for bit, in about 0.70 of their bytes, and
+            are unpacked on the device behind their copy (docs/packing.md). It takes at most 160 MB
+            of the device's memory more. What is not bf16 is not packed; a model without bf16 is
+            refused. False: plain; a cache file with packed images is then refused. "auto": packed
+            if the host lacks memory to hold all blocks page-locked, with the reason in the log.
+            None: as the cache file is, and plain without one.
         verify: debug. Every block is checked against a fingerprint of its host bytes before use
             and after; waits for the device at every block.
 
@@ -94,8 +103,16 @@ def wrap(
         torch.OutOfMemoryError: too little device memory for the slots. The model is as it was.
     """
     choice = HostChoice.of(host, host_budget)
+    check_pack(pack)
     stream(
-        transformer, prefetch, device=device, host=choice, cache=cache, share=share, verify=verify
+        transformer,
+        prefetch,
+        device=device,
+        host=choice,
+        cache=cache,
+        share=share,
+        pack=pack,
+        verify=verify,
     )
     return transformer
 
@@ -108,15 +125,17 @@ def stream(
     host: HostChoice = HostChoice(),  # noqa: B008 (it is frozen)
     cache: str | os.PathLike[str] | None = None,
     share: str | None = None,
+    pack: Pack = None,
     verify: bool = False,
     rest: str = MOVE,
     progress: tqdm[NoReturn] | None = None,
 ) -> Offloader:
     """What `wrap` does, with two choices more. Internal.
 
-    `rest`: what is not streamed is moved to the device to stay there (MOVE), or is left where it is
-    (LEAVE): then the caller brings it to the device before each forward. `progress`: a bar that
-    counts the bytes of the blocks, instead of one of its own.
+    `pack`: also a share of the blocks, from 0.0 to 1.0, evenly spread. `rest`: what is not streamed
+    is moved to the device to stay there (MOVE), or is left where it is (LEAVE): then the caller
+    brings it to the device before each forward. `progress`: a bar that counts the bytes of the
+    blocks, instead of one of its own.
     """
     _check_module(module)
     check_options(prefetch, cache, share, verify)
@@ -133,6 +152,7 @@ def stream(
         target,
         host=host,
         share=share,
+        pack=pack,
         verify=verify,
         progress=progress,
     )
@@ -146,60 +166,105 @@ def start(
     *,
     host: HostChoice,
     share: str | None = None,
+    pack: Pack = None,
     verify: bool,
     progress: tqdm[NoReturn] | None = None,
     title: str = "wrap",
 ) -> Offloader:
     """Brings `weights` to their places and the module's hooks to theirs. Internal.
 
-    Whatever fails, `weights` is undone, and nothing stays. `progress`: as of `stream`, else a bar
-    of this title.
+    Whatever fails, `weights` is undone, and nothing stays. `pack`, `progress`: as of `stream`, but
+    the bar has this title.
     """
-    if share is not None and host.kind == DISK:
-        raise WrapError("share: with host='disk' there is nothing in memory that could be shared")
-    found = find_units(module)
+    _check_share(share, host, pack)
+    what = f"{title} {type(module).__name__}"
+    units = find_units(module)
     layouts = [
-        image.lay_out((group[0].name, group[0].tensor) for group in unit.groups) for unit in found
+        image.lay_out((group[0].name, group[0].tensor) for group in unit.groups) for unit in units
     ]
+    packable = _look_at_packing(weights, units, layouts)
+    room, lockable = _room(weights, units, layouts)
+    packed, why = choose(pack, packable, host, room, lockable)
+    if why:
+        logger.info("%s: %s", what, why)
     backend = backend_for(device)
     store = HostStore(backend)
-    with ordinary_tensors(), joined(share, module, weights, found, layouts, store) as arena:
-        plan = _plan(f"{title} {type(module).__name__}", weights, found, layouts, host, arena)
-        with _bar(progress, found, title) as bar:
-            return _Wrapping(
-                module,
-                weights,
-                found,
-                layouts,
-                device,
-                backend,
-                store,
-                arena,
-                plan,
-                host,
-                prefetch,
-                verify,
-                bar,
-            ).run()
+    with (
+        ordinary_tensors(),
+        joined(share, module, weights, units, layouts, packed, store) as arena,
+        _bar(progress, units, title) as bar,
+    ):
+        plan = _plan(what, weights, units, layouts, packable.sizes(packed), packed, host, arena)
+        placing = Placing(weights, units, layouts, plan, host, backend, store, arena)
+        runtime = _Wrapping(
+            module,
+            weights,
+            units,
+            layouts,
+            placing,
+            device,
+            backend,
+            arena,
+            prefetch,
+            verify,
+            bar,
+        ).run()
+    runtime.pack = len(packed) / len(units)
+    return runtime
+
+
+def _check_share(share: str | None, host: HostChoice, pack: Pack) -> None:
+    if share is not None and host.kind == DISK:
+        raise WrapError("share: with host='disk' there is nothing in memory that could be shared")
+    if share is not None and pack == AUTO_PACK:
+        raise WrapError(
+            "share: with pack='auto' each process would decide by the memory that it finds, and "
+            "they share what is alike in all; give pack=True or pack=False"
+        )
+
+
+def _look_at_packing(weights: Weights, units: list[Unit], layouts: list[ImageLayout]) -> Packable:
+    """What decides whether the blocks are packed."""
+
+    def why_not_in_files(packed: bool) -> str | None:
+        reasons = (weights.why_not_in_files(unit, packed) for unit in units)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    return Packable(
+        plain=[layout.nbytes for layout in layouts],
+        packed=[estimated_bytes(layout) if packs(layout) else None for layout in layouts],
+        why_not_in_files=why_not_in_files(packed=False),
+        cached=weights.cached(units, layouts),
+        to_be_cached=why_not_in_files(packed=True) is None,
+    )
+
+
+def _room(weights: Weights, units: list[Unit], layouts: list[ImageLayout]) -> tuple[int, int]:
+    """Bytes that images may take of the host's memory, and that may be page-locked.
+
+    What is page-locked the machine can't take back: `auto` leaves a part of the free memory.
+    """
+    room = weights.room(units, layouts)
+    return room, room - int(host_memory.to_be_had() * NOT_LOCKED)
 
 
 def _plan(
     what: str,
     weights: Weights,
-    found: list[Unit],
+    units: list[Unit],
     layouts: list[ImageLayout],
+    sizes: list[int],
+    packed: frozenset[int],
     host: HostChoice,
     arena: SharedArena | None,
 ) -> HostPlan:
-    """What is page-locked the machine can't take back: `auto` leaves a part of the free memory."""
-    sizes = [layout.nbytes for layout in layouts]
-    shared = frozenset(
-        number for number in range(len(found)) if arena and arena.filled and arena.holds(number)
-    )
-    room = weights.room(found, layouts)
-    lockable = room - int(host_memory.to_be_had() * NOT_LOCKED)
-    reasons = [weights.why_not_in_files(unit) for unit in found]
-    plan = assign(what, sizes, host, room, lockable, reasons, shared)
+    """The tier of each unit. Of the room, a unit that is packed needs its plain image's."""
+    numbers = range(len(units))
+    shared = frozenset(n for n in numbers if arena and arena.filled and arena.holds(n))
+    packing = max((layouts[n].nbytes for n in packed), default=0)
+    room, lockable = (size - packing for size in _room(weights, units, layouts))
+    reasons = [weights.why_not_in_files(units[n], n in packed) for n in numbers]
+    plan = assign(what, sizes, host, room, lockable, reasons, shared, packed)
     logger.info("%s: %s", what, plan.sentence)
     return plan
 
@@ -309,11 +374,6 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def lock_image(memory: HostImage) -> None:
-    """Page-locks it, in this process."""
-    memory.lock()
-
-
 class _Wrapping:
     """One call of `wrap` or `load`: what it has made so far, so that it can be taken back."""
 
@@ -321,155 +381,93 @@ class _Wrapping:
         self,
         model: nn.Module,
         weights: Weights,
-        found: list[Unit],
+        units: list[Unit],
         layouts: list[ImageLayout],
+        placing: Placing,
         device: torch.device,
         backend: Backend,
-        store: HostStore,
         arena: SharedArena | None,
-        plan: HostPlan,
-        host: HostChoice,
         prefetch: int,
         verify: bool,
         progress: tqdm[NoReturn],
     ) -> None:
         self.model = model
         self.weights = weights
-        self.units = found
+        self.units = units
+        self.layouts = layouts
+        self.placing = placing
         self.device = device
         self.backend = backend
-        self.store = store
         self.arena = arena
-        self.plan = plan
-        self.host = host
-        self.lock_refused = False
-        self.locker = ThreadPoolExecutor(1, "wanoffload-lock")
-        self.locking: list[Future[None]] = []
         self.prefetch = prefetch
         self.verify = verify
         self.progress = progress
-        self.layouts = layouts
         self.runtime: Offloader | None = None
         self.bound: list[Binding] = []
 
     def run(self) -> Offloader:
         try:
-            self.weights.prepare(self.units, self.layouts, self.plan)
-            self._make_runtime()
-            self._place_others()
-            self._write_units()
-            self._connect()
+            self.weights.prepare(self.units, self.layouts, self.placing.plan)
+            self.runtime = self._make_runtime()
+            self.placing.prepare(self.device, self.runtime.slots)
+            self._place_others(self.runtime)
+            self._write_units(self.runtime)
+            self._connect(self.runtime)
         except BaseException:
-            self.locker.shutdown(cancel_futures=True)
             self._take_back()
             raise
         self.weights.finish()
-        assert self.runtime is not None
         return self.runtime
 
-    def _make_runtime(self) -> None:
+    def _make_runtime(self) -> Offloader:
         slot_bytes = max(layout.nbytes for layout in self.layouts)
         count = min(self.prefetch + 1, len(self.units))
-        self.runtime = Offloader(
+        return Offloader(
             device=self.device,
             backend=self.backend,
             slots=SlotMemory(count, slot_bytes, self.device),
             prefetch=min(self.prefetch, len(self.units)),
-            host_plan=self.plan,
+            host_plan=self.placing.plan,
             verify=self.verify,
         )
 
-    def _place_others(self) -> None:
+    def _place_others(self, runtime: Offloader) -> None:
         """What is not streamed: it is noted, so that what is added later is told from it."""
-        assert self.runtime is not None
         streamed = {
             id(entry.tensor) for unit in self.units for group in unit.groups for entry in group
         }
         for owner in self.model.modules():
             for key, parameter in owner._parameters.items():
                 if parameter is not None and id(parameter) not in streamed:
-                    self.runtime.residents.add((id(owner), key))
+                    runtime.residents.add((id(owner), key))
         self.weights.place_others(streamed)
 
-    def _write_units(self) -> None:
-        assert self.runtime is not None
-        for number in range(len(self.units)):
-            placed = self._place(number)
-            unit, layout = self.units[number], self.layouts[number]
-            self.bound.append(Binding(self.runtime, unit, layout, placed))
+    def _write_units(self, runtime: Offloader) -> None:
+        for number, (unit, layout) in enumerate(zip(self.units, self.layouts, strict=True)):
+            placed = self.placing.place(number)
+            self.bound.append(Binding(runtime, unit, layout, placed))
             del placed  # or whoever keeps the next unit's error keeps this one too
             self.bound[-1].make_weights()
             self.progress.update(sum(spec.nbytes for spec in layout.specs))
-            self._raise_if_refused(wait=False)
-        self._raise_if_refused(wait=True)
-        self.locker.shutdown()
+        self.placing.finish()
+        runtime.host_plan = self.placing.plan
         self._share()
-
-    def _place(self, number: int) -> Image:
-        """A unit's image, in memory or in files."""
-        unit, layout, tier = self.units[number], self.layouts[number], self.plan.tiers[number]
-        if tier == DISK:
-            return self.weights.in_files(unit, layout)
-        lock = self._lock if tier == PINNED else image.leave_unlocked
-        if number in self.plan.shared:
-            assert self.arena is not None
-            memory = self.arena.image(number)
-            lock(memory, False)
-        else:
-            memory = self._new_memory(number)
-            self.weights.write(unit, layout, memory, lock)
-        return memory
-
-    def _new_memory(self, number: int) -> HostImage:
-        """Of this process, or in the arena that it fills."""
-        if self.arena is not None and not self.arena.filled:
-            return self.arena.image(number)
-        nbytes = self.layouts[number].nbytes
-        host_memory.require(nbytes, f"the image of {self.units[number].name}")
-        return self.store.allocate(nbytes)
 
     def _share(self) -> None:
         """All is written: from here on shared images can't be, and others may use them."""
         for binding in self.bound:
-            if isinstance(binding.image, HostImage):
-                binding.image.protect()
+            stored = stored_image(binding.image)
+            if isinstance(stored, HostImage):
+                stored.protect()
         if self.arena is not None:
             self.arena.publish()
 
-    def _lock(self, memory: HostImage, now: bool) -> None:
-        """Page-locks an image beside what comes next, or now, before this returns."""
-        self.locking.append(self.locker.submit(self._try_to_lock, memory))
-        if now:
-            self._raise_if_refused(wait=True)
-
-    def _raise_if_refused(self, wait: bool) -> None:
-        """Raises what kept an image from being page-locked."""
-        while self.locking and (wait or self.locking[0].done()):
-            self.locking.pop(0).result()
-
-    def _try_to_lock(self, memory: HostImage) -> None:
-        """Page-locks an image. With `auto`, what the machine does not lock stays pageable."""
-        if self.lock_refused:
-            return
-        try:
-            lock_image(memory)
-        except (BackendError, HostMemoryError) as error:
-            if self.host.kind != AUTO:
-                raise HostMemoryError(
-                    f"{error}. host='pinned' needs page-locked memory (see `ulimit -l`, and the "
-                    "limits of the container); host='pageable' and 'auto' do without"
-                ) from error
-            self.lock_refused = True
-            logger.warning("the machine locks no more memory (%s): the rest is pageable", error)
-
-    def _connect(self) -> None:
-        assert self.runtime is not None
-        for binding in self.bound:
-            self.runtime.add(binding)
+    def _connect(self, runtime: Offloader) -> None:
+        runtime.connect(self.bound)
         for binding in self.bound:
             hooks.install_on_block(binding.unit.module, binding)
-        hooks.install_on_model(self.model, self.runtime)
-        self.runtime.start()
+        hooks.install_on_model(self.model, runtime)
+        runtime.start()
 
     def _take_back(self) -> None:
         """No hooks, nothing page-locked, and the weights undone."""
@@ -477,6 +475,7 @@ class _Wrapping:
         for unit in self.units:
             hooks.remove(unit.module)
         try:
+            self.placing.close()
             if self.runtime is not None:
                 self.runtime.close()
             if self.arena is not None:

@@ -1,5 +1,6 @@
 #include "backend/cuda_backend.h"
 
+#include <array>
 #include <cstdio>
 
 #include "errors.h"
@@ -51,14 +52,43 @@ CudaBackend::CudaBackend(int device_index) : driver_(cuda::driver()), device_(de
 }
 
 CudaBackend::~CudaBackend() {
+  cuda::Context popped = nullptr;
+  if (!modules_.empty() && driver_.context_push(context_) == cuda::kSuccess) {
+    for (cuda::Module module : modules_) report(driver_.module_unload(module), "cuModuleUnload");
+    driver_.context_pop(&popped);
+  }
   report(driver_.primary_release(device_), "cuDevicePrimaryCtxRelease");
 }
 
-StreamHandle CudaBackend::create_stream() {
+void CudaBackend::load_unpack_kernel(std::span<const std::byte> cubin, const std::string& name,
+                                     unsigned threads, unsigned shared_bytes) {
   const Current current(driver_, context_);
+  cuda::Module module = nullptr;
+  cuda::check(driver_.module_load(&module, cubin.data()), "cuModuleLoadData");
+  const std::lock_guard lock(mutex_);
+  modules_.push_back(module);
+  Kernel kernel{nullptr, threads, shared_bytes};
+  cuda::check(driver_.module_function(&kernel.function, module, name.c_str()),
+              "cuModuleGetFunction");
+  constexpr unsigned kAlwaysThere = 48U << 10;  // more must be asked for
+  if (shared_bytes > kAlwaysThere) {
+    cuda::check(driver_.function_set(kernel.function, cuda::kMaxSharedBytes,
+                                     static_cast<int>(shared_bytes)),
+                "cuFuncSetAttribute");
+  }
+  unpack_kernel_ = kernel;
+}
+
+StreamHandle CudaBackend::create_stream(StreamPriority priority) {
+  const Current current(driver_, context_);
+  int least = 0;
+  int greatest = 0;
+  cuda::check(driver_.priority_range(&least, &greatest), "cuCtxGetStreamPriorityRange");
+  const int wanted = priority == StreamPriority::kHigh ? greatest : least;
   cuda::Stream stream = nullptr;
   // Non-blocking: torch computes on the legacy stream, which other streams would wait for.
-  cuda::check(driver_.stream_create(&stream, cuda::kStreamNonBlocking), "cuStreamCreate");
+  cuda::check(driver_.stream_create(&stream, cuda::kStreamNonBlocking, wanted),
+              "cuStreamCreateWithPriority");
   return reinterpret_cast<StreamHandle>(stream);
 }
 
@@ -107,6 +137,36 @@ void CudaBackend::fill_device(DeviceAddress destination, std::uint8_t value, std
                               StreamHandle stream) {
   const Current current(driver_, context_);
   cuda::check(driver_.fill_bytes(destination, value, bytes, stream_of(stream)), "cuMemsetD8Async");
+}
+
+CudaBackend::Kernel CudaBackend::unpack_kernel() const {
+  const std::lock_guard lock(mutex_);
+  if (unpack_kernel_.function == nullptr) {
+    throw BackendError("a packed image can't be unpacked on " + name() +
+                       ": load_unpack_kernel() comes first");
+  }
+  return unpack_kernel_;
+}
+
+void CudaBackend::unpack(const UnpackJob& job, StreamHandle stream) {
+  const Kernel kernel = unpack_kernel();
+  const Current current(driver_, context_);
+  std::uint64_t chunk = job.chunk;
+  std::uint64_t image = job.image;
+  std::uint64_t chunk_bytes = job.chunk_bytes;
+  std::uint64_t image_bytes = job.image_bytes;
+  // A compiler may append pointers to scratch memory, which this kernel does not use. Of the
+  // entries here no more are read than the kernel has parameters.
+  std::uint64_t none = 0;
+  std::array<void*, 10> parameters;
+  parameters.fill(&none);
+  parameters[0] = &chunk;
+  parameters[1] = &image;
+  parameters[2] = &chunk_bytes;
+  parameters[3] = &image_bytes;
+  cuda::check(driver_.launch(kernel.function, job.blocks, 1, 1, kernel.threads, 1, 1,
+                             kernel.shared_bytes, stream_of(stream), parameters.data(), nullptr),
+              "cuLaunchKernel");
 }
 
 void CudaBackend::lock_host(void* memory, std::size_t bytes) {

@@ -32,6 +32,7 @@ static_assert(kSuccess == CUDA_SUCCESS && kNotReady == CUDA_ERROR_NOT_READY &&
 static_assert(kStreamNonBlocking == CU_STREAM_NON_BLOCKING);
 static_assert(kEventDisableTiming == CU_EVENT_DISABLE_TIMING);
 static_assert(kRegisterPortable == CU_MEMHOSTREGISTER_PORTABLE);
+static_assert(kMaxSharedBytes == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
 
 }  // namespace
 }  // namespace wanoffload::cuda

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "errors.h"
+#include "unpacker.h"
 
 namespace wanoffload {
 namespace {
@@ -115,6 +116,13 @@ void copy_at_rate(DeviceAddress destination, const void* source, std::size_t byt
   }
 }
 
+void unpack_after(const UnpackJob& job, double delay_us) {
+  if (delay_us > 0) std::this_thread::sleep_for(microseconds(delay_us));
+  const bool sound = unpack_chunk(reinterpret_cast<const std::byte*>(job.chunk), job.chunk_bytes,
+                                  reinterpret_cast<std::byte*>(job.image), job.image_bytes);
+  if (!sound && job.spoilt) *job.spoilt = job.fill;
+}
+
 }  // namespace
 
 HostBackend::HostBackend(HostOptions options) : options_(options), random_(options.seed) {}
@@ -138,7 +146,7 @@ double HostBackend::next_delay_us() {
          std::uniform_real_distribution<double>(0, options_.jitter_us)(random_);
 }
 
-StreamHandle HostBackend::create_stream() {
+StreamHandle HostBackend::create_stream(StreamPriority) {
   count("create_stream");
   return reinterpret_cast<StreamHandle>(new HostStream());
 }
@@ -199,6 +207,16 @@ void HostBackend::fill_device(DeviceAddress destination, std::uint8_t value, std
     fill();
   } else {
     stream_of(stream).push(fill);
+  }
+}
+
+void HostBackend::unpack(const UnpackJob& job, StreamHandle stream) {
+  count("unpack");
+  const double delay_us = next_delay_us();
+  if (stream == 0) {
+    unpack_after(job, delay_us);
+  } else {
+    stream_of(stream).push([=] { unpack_after(job, delay_us); });
   }
 }
 

@@ -17,7 +17,7 @@ namespace wanoffload {
 
 struct HostOptions {
   double bytes_per_second = 0;  // rate of one stream's copies; 0: as fast as memcpy
-  double latency_us = 0;        // added to every copy
+  double latency_us = 0;        // added to every copy, and to the unpacking of every chunk
   double jitter_us = 0;         // and a random part, up to this much
   std::uint64_t seed = 0;       // of the jitter
 };
@@ -41,7 +41,7 @@ class HostBackend final : public Backend {
   [[nodiscard]] std::size_t locked_bytes() const;
 
   [[nodiscard]] std::string name() const override { return "host"; }
-  [[nodiscard]] StreamHandle create_stream() override;
+  [[nodiscard]] StreamHandle create_stream(StreamPriority priority) override;
   void destroy_stream(StreamHandle stream) noexcept override;
   [[nodiscard]] EventHandle create_event() override;
   void destroy_event(EventHandle event) noexcept override;
@@ -52,6 +52,7 @@ class HostBackend final : public Backend {
                       StreamHandle stream) override;
   void fill_device(DeviceAddress destination, std::uint8_t value, std::size_t bytes,
                    StreamHandle stream) override;
+  void unpack(const UnpackJob& job, StreamHandle stream) override;
   void lock_host(void* memory, std::size_t bytes) override;
   void unlock_host(void* memory) noexcept override;
 

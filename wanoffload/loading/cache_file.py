@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from wanoffload._C import FileImage, HostImage, SourceFile, TransferError
+from wanoffload._C import FileImage, HostImage, PackedImage, SourceFile, TransferError
 from wanoffload.errors import CacheFileError
 from wanoffload.image import ImageLayout
 from wanoffload.loading.cache_header import (
@@ -53,6 +54,11 @@ class CacheFile:
     def refuse(self, reason: str) -> NoReturn:
         """Raises CacheFileError, with the path and what can be done."""
         raise CacheFileError(f"the cache file {self.path} does not fit: {reason}. {_REMEDY}")
+
+    @property
+    def packed(self) -> bool:
+        """Whether some of its images are."""
+        return any(unit.packed for unit in self.header.units)
 
     # Whose it is.
 
@@ -96,22 +102,49 @@ class CacheFile:
 
     # Images.
 
-    def image(self, name: str) -> FileImage:
-        """A unit's image where it stands in the file; its checksum is compared as it is read."""
-        unit = self.units[name]
-        extent = (self._file, unit.offset, unit.layout.nbytes, 0)
-        return FileImage([extent], unit.layout.nbytes, fingerprint=unit.checksum)
+    def image(self, name: str) -> FileImage | PackedImage:
+        """A unit's image where it stands in the file; its checksum is compared as it is read.
+
+        Raises TransferError if it is packed and its head can't be read, or is spoilt.
+        """
+        stored, unit = self._stored(name), self.units[name]
+        if not unit.packed:
+            return stored
+        with _named(name):
+            packed = PackedImage(stored)
+            if packed.plain_bytes != unit.layout.nbytes:
+                raise TransferError(f"it unpacks to {packed.plain_bytes} bytes")
+            return packed
+
+    def plain_checksum(self, name: str) -> int:
+        """Of a unit's plain image, as it was written there. Raises what `image` does."""
+        image = self.image(name)
+        return (
+            image.plain_fingerprint if isinstance(image, PackedImage) else self.units[name].checksum
+        )
 
     def fill(self, name: str, memory: HostImage) -> None:
-        """Reads a unit's image into memory. Raises TransferError, which names unit, file and
-        place, if it could not be read or is not what was written there."""
-        try:
-            memory.copy_from(self.image(name))
-        except TransferError as error:
-            raise TransferError(
-                f"{name} can't be taken from the cache file: {error}. Delete the file to have it "
-                "written anew."
-            ) from error
+        """Reads a unit's image, as it stands there, into memory. Raises TransferError, which names
+        unit, file and place, if it could not be read or is not what was written there."""
+        with _named(name):
+            memory.copy_from(self._stored(name))
+
+    def _stored(self, name: str) -> FileImage:
+        unit = self.units[name]
+        extent = (self._file, unit.offset, unit.nbytes, 0)
+        return FileImage([extent], unit.nbytes, fingerprint=unit.checksum)
+
+
+@contextmanager
+def _named(unit: str) -> Iterator[None]:
+    """A TransferError names the unit, and says what can be done."""
+    try:
+        yield
+    except TransferError as error:
+        raise TransferError(
+            f"{unit} can't be taken from the cache file: {error}. Delete the file to have it "
+            "written anew."
+        ) from error
 
 
 def _read_header(file: SourceFile) -> CacheHeader:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 
 from wanoffload.image import ImageLayout, TensorSpec
 from wanoffload.loading.cache_identity import Identity, Source
+from wanoffload.packing import most_bytes
 
 MAGIC = b"\x93WOCACHE"
-VERSION = 1
+PLAIN_VERSION, PACKED_VERSION = 1, 2
+"""Of the format: the second is that of files in which an image is packed."""
 BLOCK = 4096
 """Bytes between which images start: what O_DIRECT asks for."""
 START = struct.Struct("<8sQQQ")
@@ -30,12 +32,15 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class CachedUnit:
-    """`offset`: of the image, in the file. `checksum`: `_C.fingerprint` of the image."""
+    """`layout`: of the plain image. `offset`: of the image, in the file. `nbytes`: of it as it
+    stands there, `checksum`: `_C.fingerprint` of them. `packed`: it is a packed one."""
 
     name: str
     layout: ImageLayout
     offset: int
+    nbytes: int
     checksum: int
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,28 +54,41 @@ class CacheHeader:
 
     @staticmethod
     def plan(
-        identity: Identity, names: Sequence[str], layouts: Sequence[ImageLayout]
+        identity: Identity,
+        names: Sequence[str],
+        layouts: Sequence[ImageLayout],
+        packed: Collection[int] = (),
     ) -> CacheHeader:
-        """Gives each image its place; the checksums are still to come."""
-        offsets, end = [], 0
-        for layout in layouts:
-            offsets.append(end)
-            end += whole_blocks(layout.nbytes)
-        units = map(CachedUnit, names, layouts, offsets, [0] * len(offsets))
-        flat = CacheHeader(identity, tuple(units), 0, end)
-        nbytes = whole_blocks(START_BYTES + len(_text(flat)))
-        moved = [dataclasses.replace(unit, offset=nbytes + unit.offset) for unit in flat.units]
-        return CacheHeader(identity, tuple(moved), nbytes, nbytes + end)
+        """Room for a header with images of these layouts. Offsets, checksums and the sizes of
+        packed images are still to come; its size is that of the one that `placed` gives.
 
-    def with_checksums(self, checksums: Sequence[int]) -> CacheHeader:
-        pairs = zip(self.units, checksums, strict=True)
-        units = tuple(dataclasses.replace(unit, checksum=checksum) for unit, checksum in pairs)
-        return dataclasses.replace(self, units=units)
+        `packed`: which of them are packed, by their numbers.
+        """
+        units, end = [], 0
+        for number, (name, layout) in enumerate(zip(names, layouts, strict=True)):
+            most = most_bytes(layout) if number in packed else layout.nbytes
+            units.append(CachedUnit(name, layout, end, most, 0, number in packed))
+            end += whole_blocks(most)
+        nbytes = whole_blocks(START_BYTES + len(_text(tuple(units), identity, 0)))
+        return CacheHeader(identity, tuple(units), nbytes, nbytes + end)
+
+    def placed(self, sizes: Sequence[int], checksums: Sequence[int]) -> CacheHeader:
+        """With each image behind the one before it."""
+        units, end = [], self.nbytes
+        for unit, nbytes, checksum in zip(self.units, sizes, checksums, strict=True):
+            placed = dataclasses.replace(unit, offset=end, nbytes=nbytes, checksum=checksum)
+            units.append(placed)
+            end += whole_blocks(nbytes)
+        return CacheHeader(self.identity, tuple(units), self.nbytes, end)
 
     def encode(self) -> bytes:
-        """Of the same length whatever the checksums are."""
-        text = _text(self)
-        start = START.pack(MAGIC, VERSION, len(text), self.file_bytes)
+        """`nbytes` bytes."""
+        text = _text(self.units, self.identity, self.nbytes)
+        packed = any(unit.packed for unit in self.units)
+        version = PACKED_VERSION if packed else PLAIN_VERSION
+        if packed:  # where images begin follows from the length of the text
+            text = text.ljust(self.nbytes - START_BYTES, b" ")
+        start = START.pack(MAGIC, version, len(text), self.file_bytes)
         return (start + hashlib.sha256(start + text).digest() + text).ljust(self.nbytes, b"\0")
 
 
@@ -84,8 +102,8 @@ def json_bytes(start: bytes, file_bytes: int) -> int:
     if len(start) < START_BYTES or start[: len(MAGIC)] != MAGIC:
         raise HeaderError("it is no cache file of wanoffload")
     _, version, length, _ = START.unpack_from(start)
-    if version != VERSION:
-        raise HeaderError(f"it is of version {version} of the format, not of version {VERSION}")
+    if version not in (PLAIN_VERSION, PACKED_VERSION):
+        raise HeaderError(f"it is of version {version} of the format, not of version 1 or 2")
     if START_BYTES + length > file_bytes:
         raise HeaderError(f"it has {file_bytes} bytes and ends within its header: it was cut short")
     return int(length)
@@ -107,17 +125,21 @@ def decode(start: bytes, text: bytes, file_bytes: int) -> CacheHeader:
 # The JSON.
 
 
-def _text(header: CacheHeader) -> bytes:
-    identity = dataclasses.asdict(header.identity)
-    rows = {**identity, "units": [_unit_row(unit, header.nbytes) for unit in header.units]}
+def _text(units: tuple[CachedUnit, ...], identity: Identity, images_start: int) -> bytes:
+    rows = {
+        **dataclasses.asdict(identity),
+        "units": [_unit_row(unit, images_start) for unit in units],
+    }
     return json.dumps(rows, separators=(",", ":")).encode()
 
 
 def _unit_row(unit: CachedUnit, images_start: int) -> dict[str, Any]:
+    packed = {"packed": True, "plain_nbytes": unit.layout.nbytes} if unit.packed else {}
     return {
         "name": unit.name,
         "offset": unit.offset - images_start,
-        "nbytes": unit.layout.nbytes,
+        "nbytes": unit.nbytes,
+        **packed,
         "checksum": f"{unit.checksum:016x}",
         "tensors": [
             {
@@ -136,14 +158,17 @@ def _header(rows: Any, nbytes: int, file_bytes: int) -> CacheHeader:
     sources = tuple(Source(**row) for row in rows["sources"])
     units = tuple(_unit(row, nbytes) for row in rows["units"])
     for unit in units:
-        if unit.offset % BLOCK or not nbytes <= unit.offset <= file_bytes - unit.layout.nbytes:
+        if unit.offset % BLOCK or not nbytes <= unit.offset <= file_bytes - unit.nbytes:
             raise ValueError(f"{unit.name} would stand at byte {unit.offset}")
     return CacheHeader(Identity(rows["model"], rows["config"], sources), units, nbytes, file_bytes)
 
 
 def _unit(row: Any, images_start: int) -> CachedUnit:
-    layout = ImageLayout(tuple(_spec(spec) for spec in row["tensors"]), row["nbytes"])
-    return CachedUnit(row["name"], layout, images_start + row["offset"], int(row["checksum"], 16))
+    packed = row.get("packed", False)
+    plain_bytes = row["plain_nbytes"] if packed else row["nbytes"]
+    layout = ImageLayout(tuple(_spec(spec) for spec in row["tensors"]), plain_bytes)
+    offset, checksum = images_start + row["offset"], int(row["checksum"], 16)
+    return CachedUnit(row["name"], layout, offset, row["nbytes"], checksum, packed)
 
 
 def _spec(row: Any) -> TensorSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -15,8 +15,10 @@ from wanoffload import host_memory
 from wanoffload._C import HostBackend, HostImage, HostStore, fingerprint
 from wanoffload.errors import CacheFileError
 from wanoffload.image import ImageLayout
-from wanoffload.loading.cache_header import CachedUnit, CacheHeader
+from wanoffload.loading.cache_header import CacheHeader, whole_blocks
 from wanoffload.loading.cache_identity import Identity, sources_of
+from wanoffload.packing import estimated_bytes, pack_on_host
+from wanoffload.sizes import gb
 from wanoffload.units import Unit
 
 Named = TypeVar("Named")
@@ -31,8 +33,10 @@ def write_cache(
     units: Sequence[Unit],
     layouts: Sequence[ImageLayout],
     fill: Fill,
+    packed: Collection[int] = (),
 ) -> CacheHeader:
-    """Writes a cache file and gives its header. Takes host memory for one unit at a time.
+    """Writes a cache file and gives its header. Takes host memory for one unit at a time, and for
+    its packed image where it is packed. `packed`: which units are, by their numbers.
 
     Several processes may write the same file: each writes one of its own, under a name of its own,
     and the first that is whole stays. Whatever fails, nothing is left; a process that is killed
@@ -41,11 +45,11 @@ def write_cache(
     Raises CacheFileError: too little space (looked at before), or it can't be written, or `files`,
     of which `identity` is, changed meanwhile.
     """
-    header = CacheHeader.plan(identity, [unit.name for unit in units], layouts)
+    header = CacheHeader.plan(identity, [unit.name for unit in units], layouts, packed)
     path = path.resolve()
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        _require_space(path, header.file_bytes)
+        _require_space(path, header, layouts)
         with temporary.open("xb", buffering=0) as file:
             try:
                 header = _write(file, header, units, layouts, fill)
@@ -63,7 +67,7 @@ def fill_each(
     units: Sequence[Named],
     layouts: Sequence[ImageLayout],
     fill: Callable[[Named, ImageLayout, HostImage], None],
-    use: Callable[[Named, HostImage], None],
+    use: Callable[[Named, ImageLayout, HostImage], None],
     title: str,
 ) -> None:
     """Fills the image of one unit after the other and has it used. A bar counts the bytes."""
@@ -82,11 +86,11 @@ def _fill_one(
     unit: Named,
     layout: ImageLayout,
     fill: Callable[[Named, ImageLayout, HostImage], None],
-    use: Callable[[Named, HostImage], None],
+    use: Callable[[Named, ImageLayout, HostImage], None],
 ) -> None:
     memory = store.allocate(layout.nbytes)  # a new one: between its tensors are zeros
     fill(unit, layout, memory)
-    use(unit, memory)
+    use(unit, layout, memory)
 
 
 def _write(
@@ -96,16 +100,23 @@ def _write(
     layouts: Sequence[ImageLayout],
     fill: Fill,
 ) -> CacheHeader:
-    places: dict[str, CachedUnit] = {unit.name: unit for unit in header.units}
+    packs: dict[str, bool] = {unit.name: unit.packed for unit in header.units}
+    sizes: list[int] = []
     checksums: list[int] = []
+    end = header.nbytes
 
-    def write_image(unit: Unit, memory: HostImage) -> None:
-        _write_at(file, places[unit.name].offset, memoryview(memory))
+    def write_image(unit: Unit, layout: ImageLayout, memory: HostImage) -> None:
+        nonlocal end
+        if packs[unit.name]:
+            memory = pack_on_host(layout, memory, HostStore(HostBackend()))
+        _write_at(file, end, memoryview(memory))
         os.fdatasync(file.fileno())  # so that the bar tells the truth and little waits in memory
+        sizes.append(memory.nbytes)
         checksums.append(fingerprint(memory.address, memory.nbytes))
+        end += whole_blocks(memory.nbytes)
 
     fill_each(units, layouts, fill, write_image, "write cache")
-    header = header.with_checksums(checksums)
+    header = header.placed(sizes, checksums)
     _write_at(file, 0, memoryview(header.encode()))
     file.truncate(header.file_bytes)
     os.fsync(file.fileno())
@@ -118,12 +129,17 @@ def _write_at(file: BinaryIO, offset: int, content: memoryview) -> None:
         content = content[file.write(content) :]
 
 
-def _require_space(path: Path, nbytes: int) -> None:
+def _require_space(path: Path, header: CacheHeader, layouts: Sequence[ImageLayout]) -> None:
+    """What packed images take is an estimate; if it is too low, writing fails."""
+    pairs = zip(header.units, layouts, strict=True)
+    images = [estimated_bytes(own) if unit.packed else own.nbytes for unit, own in pairs]
+    nbytes = header.nbytes + sum(map(whole_blocks, images))
     free = shutil.disk_usage(path.parent).free
     if nbytes > free:
+        about = "about " if any(unit.packed for unit in header.units) else ""
         raise CacheFileError(
-            f"the cache file {path} takes {nbytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free "
-            "there. Free some, or give a path on another disk."
+            f"the cache file {path} takes {about}{gb(nbytes)}, and {gb(free)} are free there. "
+            "Free some, or give a path on another disk."
         )
 
 

@@ -6,16 +6,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from torch import nn
 
-from wanoffload._C import FileImage, HostImage, fingerprint
+from wanoffload._C import HostImage, Image, fingerprint
 from wanoffload.binding import Binding
 from wanoffload.host_tiers import HostPlan
 from wanoffload.image import ImageLayout, Lock, leave_unlocked
 from wanoffload.loading.cache_file import CacheFile
 from wanoffload.loading.cache_identity import identity_of
 from wanoffload.loading.cache_writer import fill_each, write_cache
+from wanoffload.pack_choice import Cached
 from wanoffload.units import Unit
 from wanoffload.weights import Identity, Weights
 
@@ -39,8 +41,16 @@ class CachedWeights:
         self._identity = identity_of(model, files)
         self._cache: CacheFile | None = None
 
-    def why_not_in_files(self, unit: Unit) -> None:
-        """Every unit can stand in the cache file."""
+    def why_not_in_files(self, unit: Unit, packed: bool) -> None:
+        """Every unit can stand in the cache file, plain or packed."""
+
+    def cached(self, units: list[Unit], layouts: list[ImageLayout]) -> Cached | None:
+        if self._cache is None and not self._path.exists():
+            return None
+        cache = self._cache or CacheFile.open(self._path)
+        cache.check_model(self._identity, [unit.name for unit in units], layouts)
+        own = [cache.units[unit.name] for unit in units]
+        return Cached(self._path, tuple(u.packed for u in own), tuple(u.nbytes for u in own))
 
     def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:
         return self._inner.identity(units, layouts)
@@ -57,11 +67,12 @@ class CachedWeights:
         written = None
         if not self._path.exists():
             written = write_cache(
-                self._path, self._identity, self._files, units, layouts, self._fill
+                self._path, self._identity, self._files, units, layouts, self._fill, plan.packed
             )
         self._cache = CacheFile.open(self._path)
         if self._cache.header != written:
             self._match(self._cache, units, layouts)
+            self._check_packed(self._cache, units, plan)
 
     def place_others(self, streamed: set[int]) -> None:
         self._inner.place_others(streamed)
@@ -73,13 +84,16 @@ class CachedWeights:
         memory: HostImage,
         lock: Lock,
     ) -> None:
-        if not self._files:
+        if not self._files and not self._opened.units[unit.name].packed:
             self._inner.write(unit, layout, memory, lock)
             return
         self._opened.fill(unit.name, memory)
         lock(memory, False)
 
-    def in_files(self, unit: Unit, layout: ImageLayout) -> FileImage:
+    def source(self, unit: Unit, layout: ImageLayout) -> NoReturn:
+        raise AssertionError("what is packed is packed in the cache file")
+
+    def in_files(self, unit: Unit, layout: ImageLayout) -> Image:
         return self._opened.image(unit.name)
 
     def finish(self) -> None:
@@ -99,6 +113,15 @@ class CachedWeights:
         """From where the weights come from, into ordinary memory."""
         self._inner.write(unit, layout, memory, leave_unlocked)
 
+    def _check_packed(self, cache: CacheFile, units: Sequence[Unit], plan: HostPlan) -> None:
+        """The file may have been written by another process, since it was looked at."""
+        for number, unit in enumerate(units):
+            if cache.units[unit.name].packed != (number in plan.packed):
+                asked, there = (
+                    ("plain", "packed") if number not in plan.packed else ("packed", "plain")
+                )
+                cache.refuse(f"{unit.name} is {there} there, and asked for {asked}")
+
     def _match(
         self, cache: CacheFile, units: Sequence[Unit], layouts: Sequence[ImageLayout]
     ) -> None:
@@ -106,8 +129,8 @@ class CachedWeights:
         if cache.is_of(self._identity.sources):
             return
 
-        def compare(unit: Unit, memory: HostImage) -> None:
-            if fingerprint(memory.address, memory.nbytes) != cache.units[unit.name].checksum:
+        def compare(unit: Unit, _: ImageLayout, memory: HostImage) -> None:
+            if fingerprint(memory.address, memory.nbytes) != cache.plain_checksum(unit.name):
                 cache.refuse(f"the weights of {unit.name} are others than those in the file")
 
         fill_each(units, layouts, self._fill, compare, "compare cache")

@@ -13,6 +13,7 @@ from wanoffload.host_tiers import AUTO, HostChoice
 from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
 from wanoffload.loading.unread import Unread
+from wanoffload.pack_choice import check_pack
 from wanoffload.wrapping import check_options, resolve_device, start
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +36,7 @@ def load(
     host_budget: int | str | None = None,
     cache: str | os.PathLike[str] | None = None,
     share: str | None = None,
+    pack: bool | str | None = None,
     verify: bool = False,
 ) -> Model:
     """Reads a checkpoint straight into the host memory from which blocks are streamed.
@@ -52,13 +54,13 @@ def load(
         subfolder, variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
         torch_dtype: as of `from_pretrained`, with what the class keeps in fp32. None: what the
             class is constructed in, which is fp32 as a rule, whatever the checkpoint holds.
-        prefetch, device, host, host_budget, share, verify: as of `wrap`. With "disk" (or "auto",
-            where memory is short) blocks stay in the checkpoint's own files and are read from
-            there, which must stay as they are; it takes a checkpoint that holds the dtypes to be
-            used.
+        prefetch, device, host, host_budget, share, pack, verify: as of `wrap`. With "disk" (or
+            "auto", where memory is short) blocks stay in the checkpoint's own files and are read
+            from there, which must stay as they are; it takes a checkpoint that holds the dtypes to
+            be used, and packed blocks take a cache file.
         cache: a file that holds the blocks in the dtypes in which they are streamed
-            (docs/cache-file.md). Read in place of the checkpoint's if it is of this checkpoint;
-            written if it is not there.
+            (docs/cache-file.md), packed or plain. Read in place of the checkpoint's if it is of
+            this checkpoint; written if it is not there.
 
     Raises:
         CheckpointError: files are missing, not whole, or of another model; names file, tensor and
@@ -72,6 +74,7 @@ def load(
         After any of them, nothing is held.
     """
     check_options(prefetch, cache, share, verify)
+    check_pack(pack)
     choice = HostChoice.of(host, host_budget)
     target = resolve_device(device)
     checkpoint = Checkpoint.open(
@@ -92,6 +95,7 @@ def load(
         target,
         host=choice,
         share=share,
+        pack=pack,
         verify=verify,
         title="load",
     )

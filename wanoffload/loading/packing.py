@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from wanoffload._C import HostImage
-from wanoffload.errors import CacheFileError, CheckpointError, TransferError
+from wanoffload import host_memory
+from wanoffload._C import HostBackend, HostImage, HostStore, PackedImage, fingerprint
+from wanoffload.errors import CacheFileError, CheckpointError, TransferError, UsageError, WrapError
 from wanoffload.image import ImageLayout, lay_out, leave_unlocked
 from wanoffload.loading.cache_file import CacheFile
 from wanoffload.loading.cache_header import CachedUnit, CacheHeader
@@ -18,7 +22,44 @@ from wanoffload.loading.cache_writer import fill_each, write_cache
 from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
 from wanoffload.loading.stored_weights import StoredWeights
+from wanoffload.packing import packs
 from wanoffload.units import Unit, find_units
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The streamed units of a checkpoint's model, and their weights, whose files are open."""
+
+    module: nn.Module
+    files: tuple[Path, ...]
+    units: list[Unit]
+    layouts: list[ImageLayout]
+    weights: StoredWeights
+
+    def fill(self, unit: Unit, layout: ImageLayout, memory: HostImage) -> None:
+        """Reads a unit's tensors to their places in a new image."""
+        self.weights.write(unit, layout, memory, leave_unlocked)
+
+
+@contextmanager
+def streamed_of(
+    path_or_id: str | os.PathLike[str],
+    subfolder: str | None,
+    torch_dtype: torch.dtype | None,
+    variant: str | None,
+    revision: str | None,
+) -> Iterator[Streamed]:
+    """Of the model the class is that of its config. Raises what `load` raises."""
+    checkpoint = Checkpoint.open(path_or_id, subfolder, variant=variant, revision=revision)
+    described = describe(_class_of(checkpoint), checkpoint, torch_dtype)
+    units = find_units(described.module)
+    layouts = [lay_out((g[0].name, g[0].tensor) for g in unit.groups) for unit in units]
+    weights = StoredWeights(described, torch.device("cpu"))
+    weights.open_files()
+    try:
+        yield Streamed(described.module, checkpoint.files, units, layouts, weights)
+    finally:
+        weights.finish()
 
 
 def pack(
@@ -29,51 +70,65 @@ def pack(
     torch_dtype: torch.dtype | None,
     variant: str | None = None,
     revision: str | None = None,
+    plain: bool = False,
 ) -> CacheHeader:
-    """Writes the cache file that `load(..., cache=out)` with the same arguments reads.
+    """Writes the cache file that `load(..., cache=out, pack=not plain)` with the same arguments
+    writes, which `load(..., cache=out)` reads.
 
-    Of the model the class is that of its config. Takes host memory for one block. Raises
-    CacheFileError if `out` is there already or can't be written, and what `load` raises.
+    Takes host memory for one block, and for its packed image. Raises CacheFileError if `out` is
+    there already or can't be written, WrapError if nothing can be packed, and what `load` raises.
     """
     out = Path(out)
     if out.exists():
         raise CacheFileError(f"{out} is there already; a cache file is never written over")
-    checkpoint = Checkpoint.open(path_or_id, subfolder, variant=variant, revision=revision)
-    described = describe(_class_of(checkpoint), checkpoint, torch_dtype)
-    units = find_units(described.module)
-    layouts = [lay_out((g[0].name, g[0].tensor) for g in unit.groups) for unit in units]
-    identity = identity_of(described.module, checkpoint.files)
-    weights = StoredWeights(described, torch.device("cpu"))
-
-    def fill(unit: Unit, layout: ImageLayout, memory: HostImage) -> None:
-        weights.write(unit, layout, memory, leave_unlocked)
-
-    weights.open_files()
-    try:
-        return write_cache(out, identity, checkpoint.files, units, layouts, fill)
-    finally:
-        weights.finish()
+    with streamed_of(path_or_id, subfolder, torch_dtype, variant, revision) as of:
+        packed = [n for n, layout in enumerate(of.layouts) if packs(layout) and not plain]
+        if not packed and not plain:
+            raise WrapError(
+                f"no block of this {type(of.module).__name__} holds bf16 weights in {torch_dtype}, "
+                "and nothing else is packed: ask for plain images (--plain), or bf16"
+            )
+        identity = identity_of(of.module, of.files)
+        return write_cache(out, identity, of.files, of.units, of.layouts, of.fill, packed)
 
 
 def check(path: str | os.PathLike[str]) -> CacheHeader:
-    """Compares each image of a cache file with its checksum.
+    """Compares each image of a cache file with its checksum; unpacks those that are packed, and
+    compares what comes out.
 
     Raises CacheFileError, which names every unit that is not what was written.
     """
     cache = CacheFile.open(path)
     bad: list[str] = []
 
-    def fill(unit: CachedUnit, layout: ImageLayout, memory: HostImage) -> None:
+    def check_one(unit: CachedUnit, stored: ImageLayout, memory: HostImage) -> None:
         try:
             cache.fill(unit.name, memory)
+            if unit.packed:
+                _check_packed(unit, memory)
         except TransferError as error:
             bad.append(str(error))
 
     units = cache.header.units
-    fill_each(units, [unit.layout for unit in units], fill, lambda *_: None, "check cache")
+    stored = [ImageLayout((), unit.nbytes) for unit in units]
+    fill_each(units, stored, check_one, lambda *_: None, "check cache")
     if bad:
         raise CacheFileError(f"{len(bad)} of {len(units)} units are spoilt. " + "\n".join(bad))
     return cache.header
+
+
+def _check_packed(unit: CachedUnit, memory: HostImage) -> None:
+    """Its bytes are those that were written. Raises TransferError if they unpack to others than
+    those that were packed."""
+    host_memory.require(unit.layout.nbytes, f"unpacking {unit.name}")
+    plain = HostStore(HostBackend()).allocate(unit.layout.nbytes)
+    try:
+        packed = PackedImage(memory)
+        packed.unpack(0, plain.nbytes, plain.address)
+    except (TransferError, UsageError) as error:
+        raise TransferError(f"{unit.name} can't be unpacked: {error}") from error
+    if fingerprint(plain.address, plain.nbytes) != packed.plain_fingerprint:
+        raise TransferError(f"{unit.name} does not unpack to the bytes that were packed")
 
 
 def _class_of(checkpoint: Checkpoint) -> type[nn.Module]:

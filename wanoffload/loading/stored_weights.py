@@ -18,12 +18,12 @@ from wanoffload._C import (
 )
 from wanoffload.binding import Binding
 from wanoffload.errors import CheckpointError
-from wanoffload.host_tiers import HostPlan, host_bytes
+from wanoffload.host_tiers import HostPlan
 from wanoffload.image import ImageLayout, Lock, TensorSpec
 from wanoffload.loading.describing import Described, torch_dtype_of
 from wanoffload.loading.header import read_header
 from wanoffload.units import Unit
-from wanoffload.weights import Identity
+from wanoffload.weights import PACKED_NEED_A_CACHE, Identity
 
 Extent = tuple[SourceFile, int, int, int]
 
@@ -47,7 +47,9 @@ class StoredWeights:
         self._states: dict[Path, Identity] = {}
         self._direct = False  # the page cache has no room for the files beside the images
 
-    def why_not_in_files(self, unit: Unit) -> str | None:
+    def why_not_in_files(self, unit: Unit, packed: bool) -> str | None:
+        if packed:
+            return PACKED_NEED_A_CACHE
         for name in _names([unit]):
             if self._is_cast(name):
                 return (
@@ -56,6 +58,9 @@ class StoredWeights:
                     "cache=FILE, which holds what is used"
                 )
         return None
+
+    def cached(self, units: list[Unit], layouts: list[ImageLayout]) -> None:
+        """Nobody gave one."""
 
     def identity(self, units: list[Unit], layouts: list[ImageLayout]) -> Identity:
         """The files, by what tells one state of a file from another, and the place of each tensor.
@@ -97,14 +102,15 @@ class StoredWeights:
     def _require_memory(
         self, units: list[Unit], layouts: list[ImageLayout], plan: HostPlan
     ) -> None:
-        sizes = [layout.nbytes for layout in layouts]
-        needed = host_bytes(sizes, plan) + self._beside(units)
+        total = sum(layout.nbytes for layout in layouts)
+        packing = max(layout.nbytes for layout in layouts) if plan.packed else 0
+        needed = plan.host_bytes + packing + self._beside(units)
         in_files = sum(path.stat().st_size for path in self._paths())
         self._direct = host_memory.to_be_had() < needed + in_files
         host_memory.require(
             needed,
             f"loading {type(self._module).__name__} ({len(units)} blocks of "
-            f"{sum(sizes) / 1e9:.2f} GB in all: {plan.sentence})",
+            f"{total / 1e9:.2f} GB in all: {plan.sentence})",
         )
 
     def _beside(self, units: list[Unit]) -> int:
@@ -136,6 +142,11 @@ class StoredWeights:
             if self._is_cast(name):
                 image.host_view(spec, memory).copy_(self._in_buffer(name))
         lock(memory, False)
+
+    def source(self, unit: Unit, layout: ImageLayout) -> FileImage | None:
+        """In the files, unless something is cast."""
+        cast = any(self._is_cast(name) for name in _names([unit]))
+        return None if cast else self.in_files(unit, layout)
 
     def in_files(self, unit: Unit, layout: ImageLayout) -> FileImage:
         named = zip(_names([unit]), layout.specs, strict=True)

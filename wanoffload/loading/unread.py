@@ -23,12 +23,14 @@ class Unread:
     cache: Path | None = None
     share: str | None = None
 
-    def why_not_in_files(self) -> str | None:
-        """What keeps some block from standing on disk."""
+    def why_not_in_files(self, packed: bool = False) -> str | None:
+        """What keeps some block from standing on disk, plain or packed."""
         if self.cache is not None:
             return None
         stored = StoredWeights(self.described, torch.device("cpu"))
-        reasons = (stored.why_not_in_files(unit) for unit in find_units(self.described.module))
+        reasons = (
+            stored.why_not_in_files(unit, packed) for unit in find_units(self.described.module)
+        )
         return next((reason for reason in reasons if reason is not None), None)
 
     def weights(self, device: torch.device) -> Weights:
