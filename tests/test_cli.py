@@ -120,6 +120,9 @@ def test_a_flag_is_a_choice_in_both_directions(planned: Recorded, name: str) -> 
         (["--dit-offload-prefetch-size", "3"], {"dit_offload_prefetch_size": 3.0}),
         (["--dit-offload-prefetch-size", "0.25"], {"dit_offload_prefetch_size": 0.25}),
         (["--vram-budget", "6GiB"], {"vram_budget": 6 * GIB}),
+        (["--pack", "yes"], {"pack": True}),
+        (["--pack", "no"], {"pack": False}),
+        (["--pack", "auto"], {"pack": "auto"}),
     ],
 )
 def test_a_value_is_a_choice(planned: Recorded, argv: list[str], choice: dict[str, Any]) -> None:
