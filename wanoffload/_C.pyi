@@ -108,8 +108,8 @@ class FileImage(Image):
 class PiecesImage(Image):
     """Bytes that stand in several places of host memory, (address, offset, bytes) each.
 
-    Between them are zeros. Keeps nothing alive: pieces must stay while a transfer reads them. Raises
-    UsageError for pieces that overlap or do not fit.
+    Between them are zeros. Keeps nothing alive: pieces must stay while a transfer reads them.
+    Raises UsageError for pieces that overlap or do not fit.
     """
 
     def __init__(self, pieces: Sequence[tuple[int, int, int]], nbytes: int) -> None: ...
@@ -278,8 +278,9 @@ class PrefetchStats:
     def failures(self) -> int: ...
 
 class Prefetcher:
-    """`owner` is kept alive until the engine has closed: what holds the memory of slots and staging.
+    """The order of units, and how far ahead of their use they are fetched.
 
+    `owner` is kept alive until the engine has closed: what holds the memory of slots and staging.
     `staging`: addresses of equal slots of device memory, `staging_bytes` each, two at least,
     through which packed images pass. Without them a packed image is refused.
     """
