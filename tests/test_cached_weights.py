@@ -157,7 +157,7 @@ def test_wrap_writes_a_cache_file_and_then_compares_with_it(
 def test_a_packed_file_is_the_one_that_load_writes_byte_for_byte(
     folder: Path, cache: Path, reads: Reads
 ) -> None:
-    header = pack(folder, cache, torch_dtype=BF16)
+    header = pack(folder, cache, torch_dtype=BF16, plain=True)
     assert reads.taken() == KIND.units
     assert CacheFile.open(cache).header == header
     assert_right(load_it(folder, cache, host="disk"))
@@ -170,20 +170,20 @@ def test_pack_closes_its_files_and_takes_the_class_that_the_config_names(
     tmp_path: Path, cache: Path, watch: Watch
 ) -> None:
     save(MODELS["vace"].make(), tmp_path, "sharded")
-    header = pack(tmp_path, cache, torch_dtype=BF16)
+    header = pack(tmp_path, cache, torch_dtype=BF16, plain=True)
     watch.assert_nothing_is_held()
     assert header.identity.model == "WanVACETransformer3DModel"
     assert len(header.identity.sources) > 3
 
 
 def test_units_of_all_tiers_come_from_one_cache(folder: Path, cache: Path) -> None:
-    pack(folder, cache, torch_dtype=BF16)
+    pack(folder, cache, torch_dtype=BF16, plain=True)
     for host in TIERS:
         assert_right(load_it(folder, cache, host=host))
 
 
 def test_a_cache_survives_that_its_checkpoint_moves(tmp_path: Path, folder: Path) -> None:
-    pack(folder, folder / "cache", torch_dtype=BF16)
+    pack(folder, folder / "cache", torch_dtype=BF16, plain=True)
     moved = folder.rename(tmp_path / "moved")
     assert_right(load_it(moved, moved / "cache"))
 
@@ -199,7 +199,7 @@ def test_a_file_written_by_wrap_is_compared_by_load(
 
 
 def test_a_file_written_by_pack_is_compared_by_wrap(folder: Path, cache: Path) -> None:
-    pack(folder, cache, torch_dtype=BF16)
+    pack(folder, cache, torch_dtype=BF16, plain=True)
     assert_right(wrap_it(cache, host="disk"))
     with pytest.raises(wanoffload.CacheFileError, match=r"the weights of blocks.0 are others"):
         wrap_it(cache, seed=1)
@@ -230,7 +230,7 @@ def test_a_foreign_file_is_refused_and_kept(folder: Path, cache: Path, watch: Wa
 
 
 def test_a_truncated_cache_is_refused(folder: Path, cache: Path, watch: Watch) -> None:
-    pack(folder, cache, torch_dtype=BF16)
+    pack(folder, cache, torch_dtype=BF16, plain=True)
     os.truncate(cache, cache.stat().st_size - 4096)
     assert "and was written with" in refused(folder, cache)
     watch.assert_nothing_is_held()
@@ -240,7 +240,7 @@ def test_a_truncated_cache_is_refused(folder: Path, cache: Path, watch: Watch) -
 def test_a_cache_of_another_dtype_or_model_is_refused(
     tmp_path: Path, folder: Path, cache: Path, host: str
 ) -> None:
-    pack(folder, cache, torch_dtype=torch.float16)
+    pack(folder, cache, torch_dtype=torch.float16, plain=True)
     assert "torch.float16 there, and torch.bfloat16 here" in refused(folder, cache, host=host)
     save(MODELS["wan21_t2v"].make(), tmp_path / "other")
     assert "another config" in refused(tmp_path / "other", cache, host=host)
@@ -248,7 +248,7 @@ def test_a_cache_of_another_dtype_or_model_is_refused(
 
 def test_the_other_expert_is_refused(tmp_path: Path, folder: Path, cache: Path) -> None:
     """Of the same config, names and sizes; diffusers' disk offload runs it with the first's."""
-    pack(folder, cache, torch_dtype=BF16)
+    pack(folder, cache, torch_dtype=BF16, plain=True)
     save(KIND.make(seed=1).float(), tmp_path / "second")
     assert f"{WEIGHTS} holds other bytes" in refused(tmp_path / "second", cache, host="disk")
 
@@ -256,7 +256,7 @@ def test_the_other_expert_is_refused(tmp_path: Path, folder: Path, cache: Path) 
 def test_a_source_that_was_touched_is_believed_after_all_weights_were_compared(
     folder: Path, cache: Path, reads: Reads, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pack(folder, cache, torch_dtype=BF16)
+    pack(folder, cache, torch_dtype=BF16, plain=True)
     os.utime(folder / "transformer" / WEIGHTS)
     for _ in range(2):  # the cache file is not written anew: each time
         reads.taken()
@@ -272,7 +272,7 @@ def test_a_source_with_one_other_weight_is_found_by_its_time_and_named(
 ) -> None:
     monkeypatch.setattr(cache_identity, "SAMPLES", 2)
     file = folder / "transformer" / WEIGHTS
-    pack(folder, cache, torch_dtype=BF16)
+    pack(folder, cache, torch_dtype=BF16, plain=True)
     weight = wanoffload.loading.header.read_header(file)["blocks.1.ffn.net.2.weight"]
     flip(file, weight.offset + 3, bit=6)
     message = refused(folder, cache)
@@ -292,7 +292,7 @@ def spoil(cache: Path, name: str) -> None:
 def test_a_flipped_bit_is_found_when_an_image_is_read_into_memory(
     folder: Path, cache: Path, host: str, watch: Watch
 ) -> None:
-    pack(folder, cache, torch_dtype=BF16)
+    pack(folder, cache, torch_dtype=BF16, plain=True)
     spoil(cache, "blocks.1")
     with pytest.raises(wanoffload.TransferError, match=r"blocks.1 can't be taken") as caught:
         load_it(folder, cache, host=host)
@@ -304,7 +304,7 @@ def test_a_flipped_bit_is_found_when_an_image_is_read_into_memory(
 def test_a_flipped_bit_on_disk_is_the_error_of_the_forward_that_needs_the_block(
     folder: Path, cache: Path
 ) -> None:
-    pack(folder, cache, torch_dtype=BF16)
+    pack(folder, cache, torch_dtype=BF16, plain=True)
     spoil(cache, "blocks.2")
     model = load_it(folder, cache, host="disk")
     for _ in range(2):
@@ -504,7 +504,7 @@ def test_a_cache_that_is_no_path_is_refused(cache: Any) -> None:
 def test_pack_does_not_write_over_a_file(folder: Path, cache: Path) -> None:
     cache.write_text("there")
     with pytest.raises(wanoffload.CacheFileError, match="is there already"):
-        pack(folder, cache, torch_dtype=BF16)
+        pack(folder, cache, torch_dtype=BF16, plain=True)
     assert cache.read_text() == "there"
 
 
@@ -512,7 +512,7 @@ def test_a_pack_that_fails_holds_nothing_although_its_error_is_kept(
     folder: Path, cache: Path, watch: Watch
 ) -> None:
     with largest_file(50_000), pytest.raises(wanoffload.CacheFileError) as caught:
-        pack(folder, cache, torch_dtype=BF16)
+        pack(folder, cache, torch_dtype=BF16, plain=True)
     assert open_files() == watch.files
     only(cache.parent)
     assert "File too large" in str(caught.value)
@@ -522,5 +522,5 @@ def test_pack_names_a_class_that_is_not_to_be_had(folder: Path, cache: Path) -> 
     config = folder / "transformer" / "config.json"
     config.write_text(config.read_text().replace("WanTransformer3DModel", "WanTransformer9DModel"))
     with pytest.raises(wanoffload.CheckpointError, match="class WanTransformer9DModel, which this"):
-        pack(folder, cache, torch_dtype=BF16)
+        pack(folder, cache, torch_dtype=BF16, plain=True)
     only(cache.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gc
 import logging
@@ -20,7 +21,7 @@ from torch import nn
 import wanoffload
 from tests.small_models import MODELS, forward
 from tests.test_checkpoint import WAYS, save
-from wanoffload import _C, host_memory, wrapping
+from wanoffload import _C, host_memory, locking, wrapping
 from wanoffload.host_tensor import HostTensor
 from wanoffload.loading import stored_weights
 
@@ -64,7 +65,7 @@ def some_of_each(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) 
 
     def mixed(*args: Any) -> Any:
         made = plan(*args)
-        return type(made)(("pinned", "pageable", "disk"), made.ring_bytes, made.sentence)
+        return dataclasses.replace(made, tiers=("pinned", "pageable", "disk"))
 
     monkeypatch.setattr(wrapping, "assign", mixed)
     return load(folder, **options)
@@ -303,7 +304,7 @@ def test_a_machine_that_locks_no_more_is_told_of_and_the_rest_is_pageable(
             raise wanoffload.BackendError("cuMemHostRegister: no more of it")
         memory.lock()
 
-    monkeypatch.setattr(wrapping, "lock_image", lock)
+    monkeypatch.setattr(locking, "lock_image", lock)
     with caplog.at_level(logging.WARNING):
         model = load(folder, host="auto")
     assert tiers(model) == ["pinned", "pageable", "pageable"]

@@ -23,6 +23,7 @@ from tests.test_checkpoint import save
 from wanoffload import host_memory, shared_memory, weights, wrapping
 from wanoffload._C import HostBackend, HostImage
 from wanoffload.errors import HostMemoryError, ShareError, WrapError
+from wanoffload.placing import Placing
 from wanoffload.shared_arena import SharedArena
 
 KIND = MODELS["wan21_t2v"]
@@ -70,7 +71,7 @@ def output(state: State) -> np.ndarray:
 
 def write_slowly(state: State, name: str, source: Path | int) -> None:
     """Says so when it has written three blocks, and does not go on."""
-    real = wrapping._Wrapping._place
+    real = Placing.place
     placed = 0
 
     def place(self: Any, number: int) -> Any:
@@ -81,7 +82,7 @@ def write_slowly(state: State, name: str, source: Path | int) -> None:
             time.sleep(3600)
         return real(self, number)
 
-    wrapping._Wrapping._place = place  # type: ignore[method-assign]
+    Placing.place = place  # type: ignore[method-assign]
     build(state, name, source)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from wanoffload import hooks, host_memory, image, units
-from wanoffload._C import FileImage, HostBackend, HostImage, HostStore, Image
+from wanoffload import hooks, host_memory, image, packing, units
+from wanoffload._C import FileImage, HostBackend, HostImage, HostStore, Image, PackedImage
 from wanoffload.errors import (
     BackendError,
     ConcurrentForwardError,
@@ -32,6 +31,8 @@ from wanoffload.host_tensor import (
     shares_memory_with,
 )
 from wanoffload.host_tiers import DISK, PAGEABLE, PINNED
+from wanoffload.packed_view import PackedView
+from wanoffload.turns import Turn
 
 if TYPE_CHECKING:
     from wanoffload.runtime import Offloader
@@ -62,6 +63,10 @@ class Binding(hooks.Attached):
 
     An image in files, or one that other processes share, is not this model's to change: before the
     first write it is brought into own memory, and every host tensor with it.
+
+    Over a packed image the host tensors stand in a view, into which they are unpacked when they are
+    read. Before the first write all are, and the view is the unit's image: plain, pageable. It is
+    packed again before the unit is next fetched, or when too many units are like that.
     """
 
     def __init__(
@@ -79,7 +84,10 @@ class Binding(hooks.Attached):
         self.index = -1  # in the engine
         self.weights: list[HostTensor] = []
         self.tensors: weakref.WeakValueDictionary[int, HostTensor] = weakref.WeakValueDictionary()
-        self.turn = threading.RLock()
+        self.view: PackedView | None = None
+        if isinstance(store_image, PackedImage):
+            self.view = PackedView(self.name, layout, store_image, offloader.recently_read)
+        self.turn = self.view.turn if self.view is not None else Turn()
         # (the _parameters of the owner, its key, the number of the weight), one an entry
         self._places: list[tuple[dict[str, Any], str, int]] = [
             (entry.owner._parameters, entry.key, number)
@@ -92,18 +100,26 @@ class Binding(hooks.Attached):
         self._structure: Structure | None = None
         self._fingerprint: int | None = None
         self._spoilt = False  # the slot was found to hold other bytes
+        self._outdated = False  # the engine has packed bytes of before a write
+        self._was_packed = (0, False)  # the bytes that it took, and whether they were page-locked
 
     # Entries.
 
     def make_weights(self) -> None:
         """Points the entries at the image, which has been written. The old tensors go."""
         self.weights = [
-            HostTensor.parameter(
-                image.host_view(spec, self.image), self, group[0].tensor.requires_grad
-            )
-            for group, spec in zip(self.unit.groups, self.layout.specs, strict=True)
+            self._weight(number, group[0].tensor.requires_grad)
+            for number, group in enumerate(self.unit.groups)
         ]
         self.show()
+
+    def _weight(self, number: int, requires_grad: bool) -> HostTensor:
+        """A new host tensor over a weight's place."""
+        if self.view is None:
+            plain = image.host_view(self.layout.specs[number], self.image)
+            return HostTensor.parameter(plain, self, requires_grad)
+        plain = image.host_view(self.layout.specs[number], self.view.memory)
+        return HostTensor.parameter(plain, self, requires_grad, self.view.weight(number))
 
     def show(self) -> None:
         """Entries are the host tensors."""
@@ -129,8 +145,8 @@ class Binding(hooks.Attached):
 
     def unlock(self) -> None:
         """The image is no longer page-locked."""
-        if isinstance(self.image, HostImage):
-            self.image.unlock()
+        if isinstance(self.stored, HostImage):
+            self.stored.unlock()
 
     def close(self) -> None:
         """The image is ordinary memory from here on; the slots' views are let go."""
@@ -138,16 +154,40 @@ class Binding(hooks.Attached):
         self.unlock()
 
     @property
+    def packed(self) -> bool:
+        """Whether the image is packed, now."""
+        return isinstance(self.image, PackedImage)
+
+    @property
+    def stored(self) -> Image:
+        """The image's bytes, packed or not, where they stand: in memory or in files."""
+        return self.image.stored if isinstance(self.image, PackedImage) else self.image
+
+    @property
     def tier(self) -> str:
         """Where the image stands: "pinned", "pageable" or "disk"."""
-        if isinstance(self.image, FileImage):
+        if isinstance(self.stored, FileImage):
             return DISK
-        return PINNED if self.image.locked else PAGEABLE
+        return PINNED if self.stored.locked else PAGEABLE
 
     @property
     def owned(self) -> bool:
-        """Whether the image is this model's own memory, which it may change."""
+        """Whether the image is this model's own memory, and plain, so that it may be changed."""
         return isinstance(self.image, HostImage) and not self.image.shared
+
+    @property
+    def owning_takes(self) -> int:
+        """Bytes of host memory that `take_ownership` needs."""
+        if self.owned:
+            return 0
+        return self.view.missing_bytes if self.view is not None else self.layout.nbytes
+
+    @property
+    def owning_gives(self) -> int:
+        """Bytes of host memory that become free behind it, once the engine has let go of them."""
+        stored = self.stored
+        own = self.packed and isinstance(stored, HostImage) and not stored.shared
+        return stored.nbytes if own else 0
 
     def take_ownership(self) -> None:
         """Brings the image into own memory, if it is not there, for the host and for the engine.
@@ -159,6 +199,9 @@ class Binding(hooks.Attached):
                 self._bring_into_memory()
 
     def _bring_into_memory(self) -> None:
+        if self.view is not None:
+            self._unpack_to_stay(self.view)
+            return
         host_memory.require(self.layout.nbytes, f"bringing {self.name} into memory, to change it,")
         if isinstance(self.image, HostImage):
             self._leave_the_others(self.image)
@@ -178,6 +221,58 @@ class Binding(hooks.Attached):
             logger.warning("%s could not be page-locked again: %s", self.name, error)
             if self.index >= 0:
                 self.offloader.replace(self.index, shared)  # it goes through the ring now
+
+    def _unpack_to_stay(self, view: PackedView) -> None:
+        """The view is the image. The engine is told when the unit is next fetched: `settle`."""
+        view.bring_to_stay()
+        try:
+            if self.index >= 0:
+                self.offloader.invalidate(self.index)
+        except BaseException:
+            assert isinstance(self.image, PackedImage)
+            view.is_packed_as(self.image)
+            raise
+        self._was_packed = self.image.nbytes, self.tier == PINNED
+        self.image = view.memory
+        self._outdated = True
+
+    def settle(self) -> None:
+        """The engine gets the weights as they are: packed again if they were packed, or plain if
+        there is no memory for that. The unit must not be fetched before."""
+        with self.turn:
+            if not self.pack_again() and self._outdated:
+                self.offloader.replace(self.index, self.image)
+                self._outdated = False
+
+    def pack_again(self) -> bool:
+        """Packs the weights that were written to, and hands them to the engine.
+
+        False if there is too little memory: the unit stays as it is, plain and true.
+        """
+        if self.view is None or self.packed:
+            return True
+        try:
+            packed = PackedImage(self._packed_anew(self.view))
+        except HostMemoryError as error:
+            logger.warning("%s stays unpacked: %s", self.name, error)
+            return False
+        self.offloader.replace(self.index, packed)
+        self.image = packed
+        self.view.is_packed_as(packed)
+        self._outdated = False
+        return True
+
+    def _packed_anew(self, view: PackedView) -> HostImage:
+        nbytes, locked = self._was_packed
+        host_memory.require(nbytes, f"packing {self.name} again")
+        store = HostStore(self.offloader.backend)
+        stored = packing.pack_on_host(self.layout, view.memory, store)
+        if locked and not self.offloader.closed:
+            try:
+                stored.lock()
+            except (BackendError, HostMemoryError) as error:
+                logger.warning("%s could not be page-locked again: %s", self.name, error)
+        return stored
 
     def _move_to(self, own: HostImage) -> None:
         own.copy_from(self.image)
@@ -213,14 +308,13 @@ class Binding(hooks.Attached):
         hosts = [t for t in (self.weights[number], new) if isinstance(t, HostTensor)]
         with in_turn(hosts), ordinary_tensors():
             self.before_write()
-            plain = image.host_view(self.layout.specs[number], self.image)
-            weight = HostTensor.parameter(plain, self, new.requires_grad)
+            weight = self._weight(number, new.requires_grad)
             self.weights[number] = weight
             for parameters, key, which in self._places:
                 if which == number:
                     parameters[key] = weight
             set_free([t for t in shares_memory_with(weight, self) if t is not weight])
-            plain.copy_(new.checked() if isinstance(new, HostTensor) else new)
+            weight.checked().copy_(new.checked() if isinstance(new, HostTensor) else new)
         logger.debug("%s was replaced; its value was taken in", name)
 
     def _replacement(self, number: int, name: str) -> Tensor:
@@ -266,7 +360,8 @@ class Binding(hooks.Attached):
     # The guard of the host tensors.
 
     def before_read(self) -> None:
-        """Raises TransferError if the image stands in a file that is not what it was."""
+        """Raises TransferError if the image stands in a file that is not what it was. Of a packed
+        one it is found when it is unpacked."""
         if isinstance(self.image, FileImage):
             self.image.check()
 
@@ -279,6 +374,13 @@ class Binding(hooks.Attached):
                 self.take_ownership()  # which fences it too
             elif self.index >= 0:
                 self.offloader.invalidate(self.index)
+            if self.view is not None and self.index >= 0:
+                self.offloader.was_written(self)
+
+    def let_addresses_go(self) -> None:
+        """What was given out of the model's own parameters' addresses holds no longer."""
+        if self.view is not None:
+            self.view.release([*self.weights, *(weight._holder for weight in self.weights)])
 
     def reader_in_forward(self) -> bool:
         return self.offloader.in_forward()
@@ -297,6 +399,8 @@ class Binding(hooks.Attached):
             if torch.is_grad_enabled():
                 self._refuse_gradients(args, kwargs)
             self.take_in_changes()
+            if self._outdated:
+                self.settle()
             stream = offloader.compute_stream()
             slot, generation = offloader.acquire(self.index, stream)
             self._held = (slot, generation, stream)
@@ -377,7 +481,7 @@ class Binding(hooks.Attached):
     def _verify(self, slot: int, generation: int, when: str) -> None:
         if self._fingerprint is None:
             self._fingerprint = image.fingerprint_of(self.image)
-        found = self.offloader.slot_fingerprint(slot, self.image.nbytes)
+        found = self.offloader.slot_fingerprint(slot, self.layout.nbytes)
         if found != self._fingerprint:
             self._spoilt = True
             raise VerifyError(

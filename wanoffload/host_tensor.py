@@ -1,17 +1,18 @@
 """The tensor that stands in a block's `_parameters` outside a forward.
 
 It has real storage over the unit's host bytes, in memory or in a mapped file, so reads are true.
-Reads and writes pass `__torch_dispatch__`. Before a read a file is looked at for changes. A write
-fences the engine first: bytes that a copy is reading are not changed under it, what was
-prefetched from them is forgotten, and what stands in a file comes into memory.
+Reads and writes pass `__torch_dispatch__`. Before a read a file is looked at for changes, and what
+is packed is unpacked. A write fences the engine first: bytes that a copy is reading are not changed
+under it, what was prefetched from them is forgotten, and what stands in a file, or packed, comes
+into memory as it is.
 """
 
 from __future__ import annotations
 
-import threading
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from wanoffload.errors import UnboundWeightError, WeightChangeError
+from wanoffload.image import placed_like
+from wanoffload.turns import Turn, all_of
 
 
 class WeightGuard(Protocol):
@@ -29,8 +32,8 @@ class WeightGuard(Protocol):
     name: str
     tensors: weakref.WeakValueDictionary[int, HostTensor]
     """Every host tensor of the unit that somebody holds, by its id."""
-    turn: threading.RLock
-    """Held while the unit's host bytes are used or move, so that no thread meets them half-way."""
+    turn: Turn
+    """Held while the unit's host bytes are used or move."""
 
     def before_read(self) -> None:
         """The unit's host bytes are about to be read. Raises if they are not what they were."""
@@ -40,6 +43,37 @@ class WeightGuard(Protocol):
 
     def reader_in_forward(self) -> bool:
         """Whether this thread is inside a forward of the model."""
+
+
+class Home(Protocol):
+    """Where the bytes of one weight of a packed unit stand while they are needed. Guarded by its
+    unit's turn, which is the guard's too."""
+
+    @property
+    def turn(self) -> Turn: ...
+
+    def bring(self) -> None:
+        """The weight is about to be read. Raises HostMemoryError, TransferError."""
+
+    def bring_to_stay(self) -> None:
+        """The unit is about to change, and from here on stands in memory as it is. Raises likewise.
+        Does nothing if it does already."""
+
+    def keep_for(self, *holders: object) -> None:
+        """The weight's address was given out: it stays as long as one of these lives."""
+
+    def lend(self) -> torch.UntypedStorage:
+        """An ordinary storage; the weight stays as long as somebody has it."""
+
+    def shell(self, plain: Tensor) -> Tensor:
+        """What torch knows of a tensor of this weight; its bytes it can't get at."""
+
+    def after_use(self) -> None:
+        """The turn is over."""
+
+
+class Holder:
+    """Lives as long as a host tensor, or a view that was made of it."""
 
 
 class HostTensor(torch.Tensor):
@@ -56,16 +90,31 @@ class HostTensor(torch.Tensor):
 
     _plain: Tensor
     _guard_reference: weakref.ref[Any] | None
+    _home: Home | None
+    _holder: Holder
 
     # Subclasses are known by their dispatch alone; torch functions need no override.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def over(plain: Tensor, guard: WeightGuard | None, requires_grad: bool = False) -> HostTensor:
-        """Wraps an ordinary tensor; both share the memory."""
-        tensor = torch.Tensor._make_subclass(HostTensor, plain, requires_grad)
+    def over(
+        plain: Tensor,
+        guard: WeightGuard | None,
+        requires_grad: bool = False,
+        *,
+        home: Home | None = None,
+        holder: Holder | None = None,
+    ) -> HostTensor:
+        """Wraps an ordinary tensor; both share the memory. `holder`: of what it is a view of."""
+        base = plain
+        if home is not None:
+            with ordinary_tensors():
+                base = home.shell(plain)
+        tensor = torch.Tensor._make_subclass(HostTensor, base, requires_grad)
         tensor._plain = plain
         tensor._guard_reference = None
+        tensor._home = home
+        tensor._holder = holder or Holder()
         if guard is not None:
             tensor._guard_reference = weakref.ref(guard)
             # This weak reference does one thing more: torch.utils.swap_tensors, which would put
@@ -74,9 +123,11 @@ class HostTensor(torch.Tensor):
         return tensor
 
     @staticmethod
-    def parameter(plain: Tensor, guard: WeightGuard, requires_grad: bool) -> HostTensor:
+    def parameter(
+        plain: Tensor, guard: WeightGuard, requires_grad: bool, home: Home | None = None
+    ) -> HostTensor:
         """As `over`, and an `nn.Parameter` for everyone who asks."""
-        tensor = HostTensor.over(plain, guard, requires_grad)
+        tensor = HostTensor.over(plain, guard, requires_grad, home=home)
         tensor._is_param = True  # what isinstance(_, nn.Parameter) looks at in a subclass
         return tensor
 
@@ -87,7 +138,7 @@ class HostTensor(torch.Tensor):
     @property
     def plain(self) -> Tensor:
         """The same memory as an ordinary tensor. Writing to it is not noticed."""
-        return self._plain
+        return self._lent()
 
     @property
     def data(self) -> Tensor:
@@ -104,15 +155,16 @@ class HostTensor(torch.Tensor):
         Raises WeightChangeError for any other: this tensor's place in memory is fixed.
         """
         self.check_fits(value)
-        if value.data_ptr() == self.data_ptr() and value.stride() == self.stride():
+        new = value._plain if isinstance(value, HostTensor) else value
+        if new.data_ptr() == self._plain.data_ptr() and new.stride() == self.stride():
             return
         guard = self._guard
         hosts = [self, value] if isinstance(value, HostTensor) else [self]
         with in_turn(hosts), ordinary_tensors():
+            _before_write([self])
             if guard is not None:
-                guard.before_write()
                 set_free([t for t in shares_memory_with(self, guard) if t is not self])
-            self._plain.copy_(value._plain if isinstance(value, HostTensor) else value)
+            self._plain.copy_(value.checked() if isinstance(value, HostTensor) else value)
 
     def check_fits(self, value: Tensor) -> None:
         """Raises WeightChangeError unless this tensor's place in memory can hold the value."""
@@ -143,23 +195,50 @@ class HostTensor(torch.Tensor):
         return _dispatch(func, args, kwargs or {})
 
     def checked(self) -> Tensor:
-        """`plain`, about to be read. Raises TransferError if a file is not what it was."""
-        if self._guard is not None:
-            self._guard.before_read()
+        """`plain`, about to be read, in its unit's turn. Raises TransferError if a file is not what
+        it was, or packed bytes are spoilt; HostMemoryError if there is no room to unpack them."""
+        if (guard := self._guard) is not None:
+            guard.before_read()
+        if self._home is not None:
+            self._home.bring()
         return self._plain
 
+    def _lent(self) -> Tensor:
+        """An ordinary tensor over the same bytes, which stay as long as somebody has it."""
+        with in_turn([self]):
+            plain = self.checked()
+            if self._home is None:
+                return plain
+            with ordinary_tensors():
+                return placed_like(plain, self._home.lend())
+
     def data_ptr(self) -> int:
-        self.checked()
-        return super().data_ptr()
+        """As `Tensor.data_ptr`. Of a packed unit, the bytes stay there as long as this tensor, or
+        one that it is a view of, is alive; those of the model's own parameters until its next
+        forward begins."""
+        with in_turn([self]):
+            plain = self.checked()
+            if self._home is not None:
+                self._home.keep_for(self, self._holder)
+            return plain.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """As `Tensor.untyped_storage`, for reading: writes through it could not be noticed."""
-        self.checked()
-        return super().untyped_storage()
+        return self._lent().untyped_storage()
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """As `Tensor.contiguous`. Of a packed unit, a view in place of this tensor itself: what asks
+        for its address keeps it unpacked as long as it has the view. `save_pretrained` then takes
+        memory for one shard, not for all."""
+        if self._home is None or isinstance(self, torch.nn.Parameter):
+            return super().contiguous(memory_format=memory_format)
+        if not self.is_contiguous(memory_format=memory_format) or self.requires_grad:
+            return super().contiguous(memory_format=memory_format)
+        return HostTensor.over(self._plain, self._guard, home=self._home)
 
     def numpy(self, *, force: bool = False) -> Any:
         """A read-only array over the same memory: writes through numpy could not be noticed."""
-        array = self.checked().detach().numpy(force=force)
+        array = self._lent().detach().numpy(force=force)
         array.flags.writeable = False
         return array
 
@@ -167,17 +246,29 @@ class HostTensor(torch.Tensor):
         array = np.asarray(self.numpy(), dtype=dtype)
         return array.copy() if copy else array
 
+    def __dlpack__(self, **options: Any) -> Any:
+        """As `Tensor.__dlpack__`, for reading."""
+        if self.requires_grad:
+            return super().__dlpack__(**options)  # refuses it
+        return self._lent().__dlpack__(**options)
+
     def tolist(self) -> Any:
-        return self.checked().tolist()
+        with in_turn([self]):
+            return self.checked().tolist()
+
+    def _copied(self) -> Tensor:
+        """An ordinary tensor with the values."""
+        with in_turn([self]):
+            return self._ordinary(self.checked().detach().clone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = self._ordinary(self.checked().detach().clone())
+            memo[id(self)] = self._copied()
         copy: Tensor = memo[id(self)]
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._ordinary(self.checked()).__reduce_ex__(protocol)
+        return self._ordinary(self._lent()).__reduce_ex__(protocol)
 
     def _ordinary(self, plain: Tensor) -> Tensor:
         if isinstance(self, torch.nn.Parameter):
@@ -185,7 +276,8 @@ class HostTensor(torch.Tensor):
         return plain
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"HostTensor({self.checked()!r})"
+        with in_turn([self]):
+            return f"HostTensor({self.checked()!r})"
 
 
 def shares_memory_with(tensor: HostTensor, guard: WeightGuard) -> list[HostTensor]:
@@ -203,27 +295,29 @@ def set_free(tensors: list[HostTensor]) -> None:
         move(tensors, tensors[0]._plain.untyped_storage().clone())
     for tensor in tensors:
         tensor._guard_reference = None
+        tensor._home = None
 
 
 def move(tensors: list[HostTensor], storage: torch.UntypedStorage) -> None:
     """Host tensors of one weight stand on another storage from here on, with the same bytes."""
     for tensor in tensors:
-        moved = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
-            storage, tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+        moved = placed_like(tensor._plain, storage)
         torch.Tensor.data.__set__(tensor, moved)  # type: ignore[attr-defined]
         tensor._plain = moved
 
 
 @contextmanager
 def in_turn(hosts: Iterable[HostTensor]) -> Iterator[None]:
-    """The units of these tensors are this thread's, all in one order, so that nobody waits for
-    ever."""
-    guards = {id(guard): guard for t in hosts if (guard := t._guard) is not None}
-    with ExitStack() as stack:
-        for _, guard in sorted(guards.items()):
-            stack.enter_context(guard.turn)
-        yield
+    """The units of these tensors are this thread's. Behind it, what was unpacked may be dropped."""
+    hosts = list(hosts)
+    homes = {id(t._home.turn): t._home for t in hosts if t._home is not None}
+    guards = [guard for t in hosts if (guard := t._guard) is not None]
+    try:
+        with all_of([*(guard.turn for guard in guards), *(h.turn for h in homes.values())]):
+            yield
+    finally:
+        for home in homes.values():
+            home.after_use()
 
 
 @contextmanager
@@ -239,7 +333,7 @@ def _identity(value: Tensor) -> Tensor:
 
 def _reduce_for_another_process(tensor: HostTensor) -> Any:
     """Sends a copy: torch moves what it sends to another process into shared memory."""
-    return _identity, (tensor._ordinary(tensor.checked().detach().clone()),)
+    return _identity, (tensor._copied(),)
 
 
 ForkingPickler.register(HostTensor, _reduce_for_another_process)
@@ -275,15 +369,35 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             "call wanoffload.unwrap() first"
         )
     with in_turn(hosts):
-        for guard in {id(t._guard): t._guard for t in written}.values():
-            if guard is not None:
-                guard.before_write()
-        if func is not torch.ops.aten.detach.default:  # which looks at no value
-            for guard in {id(t._guard): t._guard for t in hosts}.values():
-                if guard is not None:
-                    guard.before_read()
+        _before_write(written)
+        if not _looks_at_no_value(func):
+            for tensor in hosts:
+                tensor.checked()
         results = func(*_to_plain(args, bool(written)), **_to_plain(kwargs, bool(written)))
         return _from_plain(results, hosts, is_copy=func is torch.ops.aten.clone.default)
+
+
+def _before_write(tensors: list[HostTensor]) -> None:
+    """In their units' turns."""
+    for guard in {id(t._guard): t._guard for t in tensors}.values():
+        if guard is not None:
+            guard.before_write()
+    for tensor in tensors:
+        if tensor._home is not None:  # a unit whose model is gone has no guard
+            tensor._home.bring_to_stay()
+
+
+@functools.cache
+def _looks_at_no_value(func: Any) -> bool:
+    """Views, of which nothing is read, and what only asks where a tensor stands.
+
+    In inference mode operations come here that are made of others, such as `reshape`: they say that
+    they give a view, and copy where they can't.
+    """
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    if func.is_view and not func.has_kernel_for_dispatch_key(composite):
+        return True
+    return func in (torch.ops.aten.is_pinned.default, torch.ops.aten.empty_like.default)
 
 
 def _to_plain(values: Any, to_host: bool) -> Any:
@@ -311,7 +425,7 @@ def _from_plain(results: Any, hosts: list[HostTensor], is_copy: bool) -> Any:
             return value
         owner = by_memory.get(value.untyped_storage().data_ptr()) if value.numel() > 0 else None
         if owner is not None:
-            return HostTensor.over(value, owner._guard)
+            return HostTensor.over(value, owner._guard, home=owner._home, holder=owner._holder)
         return HostTensor.over(value, None) if is_copy else value
 
     return tree_map(wrapped, results)

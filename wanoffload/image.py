@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanoffload._C import FileImage, HostBackend, HostImage, HostStore, Image, fingerprint
+from wanoffload._C import (
+    FileImage,
+    HostBackend,
+    HostImage,
+    HostStore,
+    Image,
+    PackedImage,
+    fingerprint,
+)
 
 ALIGNMENT = 256
 """Bytes between which tensors start: what the strictest kernels (fp8, vectorised loads) ask for."""
@@ -100,8 +108,20 @@ def host_view(spec: TensorSpec, image: Image) -> Tensor:
     return _typed(torch.frombuffer(window, dtype=torch.uint8), spec)
 
 
+def placed_like(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """The tensor that `tensor` is, over another storage in host memory. No copy."""
+    placed = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(
+        storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
+    placed = placed.conj() if tensor.is_conj() else placed
+    return torch._neg_view(placed) if tensor.is_neg() else placed
+
+
 def fingerprint_of(image: Image) -> int:
-    """The fingerprint of the image's bytes on the host. What stands in files is read for it."""
+    """The fingerprint of the image's plain bytes on the host. What stands in files is read for it;
+    of a packed one it is known."""
+    if isinstance(image, PackedImage):
+        return image.plain_fingerprint
     if isinstance(image, HostImage):
         return fingerprint(image.address, image.nbytes)
     copy = HostStore(HostBackend()).allocate(image.nbytes)

@@ -26,10 +26,14 @@ from wanoffload.binding import Binding
 from wanoffload.errors import ConcurrentForwardError, MoveError, WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
+from wanoffload.recently_read import RecentlyRead
 from wanoffload.step_time import StepTime
 
 logger = logging.getLogger(__name__)
 
+UNPACKED_UNITS = 2
+"""So many stand unpacked on the host, besides those that somebody holds, when packed weights are
+read; and so many more when they are written to."""
 STAGING_SLOTS = 4
 """Packed chunks on the device at once: one is copied, one unpacked, two even that out. A chunk is
 39.93 MB at most, where every weight of it escapes (docs/packing.md), and 23.7 as weights are."""
@@ -40,7 +44,9 @@ class Stats:
     """What an offloader did and holds. Counts since `wrap` or the last `reset_stats()`; bytes now.
 
     `cold`: acquires that found nobody had fetched their block yet. `host_bytes`: of the images in
-    host memory; `disk_bytes`: of those in files; `locked_bytes`: page-locked, images and ring;
+    host memory; `disk_bytes`: of those in files; `plain_bytes`: of all, as they would be if none
+    was packed; `unpacked_bytes`: of host memory that packed weights take besides, because they
+    were read; `locked_bytes`: page-locked, images and ring;
     `slot_bytes`: on the device, all slots; `ring_bytes`: of the pinned ring, 0 where every image is
     page-locked; `staging_bytes`: on the device, where packed chunks are unpacked from, 0 where
     nothing is packed. `slots`, `slot_bytes`, `ring_bytes` and `staging_bytes` are 0 while the
@@ -62,6 +68,8 @@ class Stats:
     slots: int
     host_bytes: int
     disk_bytes: int
+    plain_bytes: int
+    unpacked_bytes: int
     locked_bytes: int
     slot_bytes: int
     ring_bytes: int
@@ -159,6 +167,8 @@ class Offloader(hooks.Attached):
         self.before_forward: Callable[[], None] | None = None
         """Called at the beginning of every forward of the model, before anything is brought."""
         self._backend = backend
+        self.recently_read = RecentlyRead(UNPACKED_UNITS * slots.slot_bytes)
+        self._written: dict[int, Binding] = {}  # not packed again yet, the latest last
         self._prefetch = prefetch
         self._slot_count = slots.count
         self._slot_bytes = slots.slot_bytes
@@ -259,6 +269,29 @@ class Offloader(hooks.Attached):
         if not self._closed and not self._paused:
             self._prefetcher.invalidate(index)
 
+    # Packed units, between forwards.
+
+    def was_written(self, binding: Binding) -> None:
+        """A packed unit stands as it is now; so that few do, one that was written to before is
+        packed again, if nobody uses it."""
+        self._written.pop(id(binding), None)
+        self._written[id(binding)] = binding
+        for other in list(self._written.values())[:-UNPACKED_UNITS]:
+            with other.turn.if_free() as free:
+                if free and other.pack_again():
+                    self._written.pop(id(other), None)
+
+    def _settle_packed(self) -> None:
+        """What was written to is packed again, and what was read is dropped."""
+        for binding in list(self._written.values()):
+            binding.settle()
+            if binding.packed:
+                self._written.pop(id(binding), None)
+        if self.recently_read.nbytes:
+            for binding in self.bindings:
+                binding.let_addresses_go()
+            self.recently_read.drop_all()
+
     # Forwards.
 
     def in_forward(self) -> bool:
@@ -322,6 +355,7 @@ class Offloader(hooks.Attached):
             raise WrapError("a wrapped model can't be traced: call wanoffload.unwrap() first")
         if self.before_forward is not None:
             self.before_forward()
+        self._settle_packed()
         self._resume()
         self._recover()
         self._sequence.clear()
@@ -373,6 +407,11 @@ class Offloader(hooks.Attached):
     @property
     def paused(self) -> bool:
         return self._paused
+
+    @property
+    def backend(self) -> Backend:
+        """The engine's; what is page-locked for it is locked through it."""
+        return self._backend
 
     @property
     def prefetch(self) -> int:
@@ -480,6 +519,8 @@ class Offloader(hooks.Attached):
             slots=self.slots.count,
             host_bytes=in_tier[PINNED] + in_tier[PAGEABLE],
             disk_bytes=in_tier[DISK],
+            plain_bytes=sum(binding.layout.nbytes for binding in self.bindings),
+            unpacked_bytes=self.recently_read.nbytes,
             locked_bytes=in_tier[PINNED] + ring,
             slot_bytes=self.slots.nbytes,
             ring_bytes=ring,

@@ -310,8 +310,11 @@ def _bring_into_memory(runtime: Offloader, target: torch.device) -> None:
     """What is not in own memory and will stay on the host, while the model is still whole."""
     missing = [binding for binding in runtime.bindings if not binding.owned]
     if missing and target.type == "cpu":
-        total = sum(binding.image.nbytes for binding in missing)
+        taken = sum(binding.owning_takes - binding.owning_gives for binding in missing)
+        total = max(0, taken + max(binding.owning_gives for binding in missing))
         host_memory.require(total, f"bringing {len(missing)} blocks into own memory")
+        if any(binding.packed for binding in missing):
+            runtime.pause()  # so that packed bytes go one by one, as nobody else has them
         for binding in missing:
             binding.take_ownership()
 
@@ -412,7 +415,7 @@ class _Wrapping:
             self.placing.prepare(self.device, self.runtime.slots)
             self._place_others(self.runtime)
             self._write_units(self.runtime)
-            self._connect(self.runtime)
+            self._connect()
         except BaseException:
             self._take_back()
             raise
@@ -462,7 +465,9 @@ class _Wrapping:
         if self.arena is not None:
             self.arena.publish()
 
-    def _connect(self, runtime: Offloader) -> None:
+    def _connect(self) -> None:
+        runtime = self.runtime
+        assert runtime is not None
         runtime.connect(self.bound)
         for binding in self.bound:
             hooks.install_on_block(binding.unit.module, binding)
