@@ -295,7 +295,9 @@ def test_blocks_are_not_brought_into_another_form_for_little() -> None:
 
 def test_blocks_are_brought_into_another_form_where_one_generation_gains_by_it() -> None:
     assert seen_before(0.0, replace(SMALL, steps=100)).pack_share == 1.0
-    assert seen_before(0.0, replace(SMALL, steps=10)).pack_share is None
+    few = seen_before(0.0, replace(SMALL, steps=10))
+    assert few.pack_share is None
+    assert "plain, as they stand already" in few.reasons["pack"]
     assert seen_before(1.0, replace(MEDIUM, steps=10_000)).pack_share is None
     needed = cost.share_needed(A14B, NEAR, card(None))
     assert seen_before(0.25, replace(NEAR, steps=1000)).pack_share == needed

@@ -41,7 +41,7 @@ def say(problem: Problem, considered: list[Considered], taken: Candidate) -> Non
     if settled is not None or problem.from_disk:
         decision.reasons["pack"] = settled or "rule 9: plain, as in the files"
         return
-    why = _why_packed(problem, considered, taken) if share else _why_plain(considered, taken)
+    why = (_why_packed if share else _why_plain)(problem, considered, taken)
     decision.reasons["pack"] = f"cost model: {why}" if why else rules.PLAIN_WHILE_UNKNOWN
     if share:
         decision.messages.append(f"blocks of the DiT are stored packed: {why}")
@@ -67,7 +67,7 @@ def _why_packed(problem: Problem, considered: list[Considered], taken: Candidate
     return f"{packed}, as they stand already"
 
 
-def _why_plain(considered: list[Considered], taken: Candidate) -> str | None:
+def _why_plain(problem: Problem, considered: list[Considered], taken: Candidate) -> str | None:
     """None where nothing is known to tell from."""
     same = [
         c
@@ -81,9 +81,12 @@ def _why_plain(considered: list[Considered], taken: Candidate) -> str | None:
     if taken.step_seconds is None:
         return None
     best = min(fitting, key=seconds)
-    if seconds(taken) > seconds(best) * EQUAL:
-        return f"plain takes less device memory, {_times(taken, best)}"
-    return f"plain; packing would gain nothing, {_times(taken, best)}"
+    times = _times(taken, best)
+    if seconds(taken) <= seconds(best) * EQUAL:
+        return f"plain; packing would gain nothing, {times}"
+    if problem.mode == "memory":
+        return f"plain takes less device memory, {times}"
+    return f"plain, as they stand already; packing them would take more than it saves, {times}"
 
 
 def _times(plain: Candidate, packed: Candidate) -> str:
