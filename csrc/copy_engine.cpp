@@ -45,7 +45,7 @@ void CopyEngine::prepare_ring() {
   }
 }
 
-void CopyEngine::check_staging(const Image& image) const {
+void CopyEngine::check_staging(const Image& image, DeviceAddress destination) const {
   const Packing* const packing = image.packing();
   if (packing == nullptr) return;
   if (!staging_) {
@@ -57,6 +57,7 @@ void CopyEngine::check_staging(const Image& image) const {
     throw UsageError("a packed image has a chunk of " + std::to_string(packing->largest_chunk) +
                      " bytes; the staging slots have " + std::to_string(staging_->slot_bytes()));
   }
+  StagingRing::check_aligned(destination, "the place of a packed image");
 }
 
 // The stream that writes to the transfer's destination.
@@ -166,7 +167,7 @@ void CopyEngine::give_up(Transfer& transfer) {
 }
 
 void CopyEngine::submit(Transfer& transfer) {
-  check_staging(*transfer.image);
+  check_staging(*transfer.image, transfer.destination);
   if (transfer.image->locked() || transfer.image->bytes() == 0) return submit_locked(transfer);
   const std::lock_guard lock(mutex_);
   if (closed_) throw ClosedError("the copy engine is closed");

@@ -53,8 +53,9 @@ class Transfer {
  private:
   friend class CopyEngine;
   std::uint64_t ready_generation_ = 0;  // written before settled_, read after it
-  std::shared_ptr<std::atomic<std::uint64_t>> spoilt_ =
-      std::make_shared<std::atomic<std::uint64_t>>(0);  // the last fill that was
+  static constexpr std::uint64_t kNoFill = ~std::uint64_t{0};
+  std::shared_ptr<std::atomic<std::uint64_t>> spoilt_ =  // the last fill that was
+      std::make_shared<std::atomic<std::uint64_t>>(kNoFill);
   StreamHandle unread_on_ = 0;  // where the place was written since it was read; 0: nowhere
 
   // of whoever enqueues its bytes, one thread at a time
@@ -91,8 +92,8 @@ class CopyEngine {
   [[nodiscard]] StreamHandle stream() const { return stream_.handle(); }
   // Where packed images are unpacked; 0 if there is no staging memory.
   [[nodiscard]] StreamHandle unpack_stream() const { return staging_ ? staging_->stream() : 0; }
-  // Throws UsageError, with what is missing, if the image is packed and can't be brought like that.
-  void check_staging(const Image& image) const;
+  // Throws UsageError, with what is missing, if the image is packed and can't be unpacked to there.
+  void check_staging(const Image& image, DeviceAddress destination) const;
   [[nodiscard]] std::size_t ring_bytes() const { return ring_ ? ring_->locked_bytes() : 0; }
 
   // With a value, every destination, and every staging slot, is overwritten with this byte before

@@ -66,9 +66,7 @@ void Packer::write(std::byte* packed) const {
   const auto& runs = plan_.runs();
   std::vector<std::uint64_t> checksums(runs.size());
   parallel_each(runs.size(), threads_, [&](std::size_t i) {
-    write_run(runs[i], packed + runs[i].sections);
-    checksums[i] =
-        fingerprint_part(image_ + runs[i].plain_offset, runs[i].plain_offset, runs[i].plain_bytes);
+    checksums[i] = write_run(runs[i], packed + runs[i].sections);
   });
   plan_.write_heads(packed, checksums);
   for (const PlannedChunk& chunk : plan_.chunks()) {
@@ -76,27 +74,33 @@ void Packer::write(std::byte* packed) const {
   }
 }
 
-void Packer::write_run(const PlannedRun& run, std::byte* sections) const {
+// Returns the run's checksum.
+std::uint64_t Packer::write_run(const PlannedRun& run, std::byte* sections) const {
   if (run.codec == Codec::kExponentCodes) return write_coded(run, sections);
-  std::memcpy(sections, image_ + run.plain_offset, run.plain_bytes);  // whole 16 bytes: no padding
+  const std::byte* const plain = image_ + run.plain_offset;
+  std::memcpy(sections, plain, run.plain_bytes);  // a multiple of 256: there is no padding
+  return fingerprint_part(plain, run.plain_offset, run.plain_bytes);
 }
 
-void Packer::write_coded(const PlannedRun& run, std::byte* sections) const {
+std::uint64_t Packer::write_coded(const PlannedRun& run, std::byte* sections) const {
   const std::size_t tiles = run.plain_bytes / kTileBytes;
   const CodedSections at = coded_sections(tiles, run.escapes);
   std::memset(sections, 0, at.signs);
   std::uint32_t escapes = 0;
+  std::uint64_t checksum = 0;
   for (std::size_t t = 0; t < tiles; ++t) {
+    const std::size_t offset = run.plain_offset + t * kTileBytes;
     const std::uint32_t base = tiles_.bases[run.first_tile + t];
     const std::uint32_t entry = base << 24 | escapes;
     std::memcpy(sections + 4 * t, &entry, sizeof(entry));
-    pack_tile(image_ + run.plain_offset + t * kTileBytes, base,
-              sections + at.signs + t * kSignBytes, sections + at.codes + t * kCodeBytes,
-              sections + at.escapes + escapes);
+    pack_tile(image_ + offset, base, sections + at.signs + t * kSignBytes,
+              sections + at.codes + t * kCodeBytes, sections + at.escapes + escapes);
+    checksum += fingerprint_part(image_ + offset, offset, kTileBytes);
     escapes += tiles_.escapes[run.first_tile + t];
   }
   std::memcpy(sections + 4 * tiles, &escapes, sizeof(escapes));
   std::memset(sections + at.escapes + escapes, 0, at.bytes - at.escapes - escapes);
+  return checksum;
 }
 
 }  // namespace wanoffload

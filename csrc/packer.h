@@ -28,8 +28,8 @@ class Packer {
   };
   static Tiles look(const std::byte* image, std::size_t plain_bytes,
                     const std::vector<PackedTensor>& tensors, unsigned threads);
-  void write_run(const PlannedRun& run, std::byte* sections) const;
-  void write_coded(const PlannedRun& run, std::byte* sections) const;
+  std::uint64_t write_run(const PlannedRun& run, std::byte* sections) const;
+  std::uint64_t write_coded(const PlannedRun& run, std::byte* sections) const;
 
   const std::byte* const image_;
   const unsigned threads_;

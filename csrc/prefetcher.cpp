@@ -31,7 +31,9 @@ void Prefetcher::make_room_for(const Image& image) {
     throw UsageError("a unit of " + std::to_string(image.plain_bytes()) + " bytes in slots of " +
                      std::to_string(slots_.slot_bytes()));
   }
-  engine_.check_staging(image);
+  for (int i = 0; i < slots_.size(); ++i) {
+    engine_.check_staging(image, slots_[i].transfer.destination);
+  }
   if (!image.locked()) engine_.prepare_ring();
 }
 

@@ -7,23 +7,25 @@
 namespace wanoffload {
 namespace {
 
-constexpr std::size_t kAlignment = 16;  // what unpacking reads at once
-
 const StagingMemory& checked(const StagingMemory& memory) {
   if (memory.slots.size() < 2) {
     throw UsageError(
-        "staging memory needs two slots at least: one is copied into while another "
-        "is unpacked from");
+        "staging memory needs two slots at least: one is copied into while another is unpacked");
   }
   for (const DeviceAddress address : memory.slots) {
-    if (address % kAlignment == 0) continue;
-    throw UsageError("a staging slot begins at " + std::to_string(address) +
-                     ", which is no multiple of " + std::to_string(kAlignment));
+    StagingRing::check_aligned(address, "a staging slot");
   }
   return memory;
 }
 
 }  // namespace
+
+void StagingRing::check_aligned(DeviceAddress address, const char* what) {
+  constexpr std::size_t kAlignment = 16;  // what unpacking reads and writes at once
+  if (address % kAlignment == 0) return;
+  throw UsageError(std::string(what) + " begins at " + std::to_string(address) +
+                   ", which is no multiple of " + std::to_string(kAlignment));
+}
 
 StagingRing::StagingRing(const BackendPtr& backend, const StagingMemory& memory)
     : backend_(backend),

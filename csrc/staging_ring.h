@@ -32,6 +32,9 @@ class StagingRing {
   // The memory outlives this object. Throws UsageError if it is not as StagingMemory says.
   StagingRing(const BackendPtr& backend, const StagingMemory& memory);
 
+  // Throws UsageError unless chunks can be unpacked from, and to, this address.
+  static void check_aligned(DeviceAddress address, const char* what);
+
   // Where chunks are unpacked. Of high priority: they pass beside large kernels that compute.
   [[nodiscard]] StreamHandle stream() const { return stream_.handle(); }
   [[nodiscard]] std::size_t slot_bytes() const { return slot_bytes_; }

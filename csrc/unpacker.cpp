@@ -127,6 +127,18 @@ bool unpack_run(const RunEntry& run, const std::byte* sections, std::size_t begi
   return right;
 }
 
+// A block at a time: it is summed while it is near.
+bool unpack_whole_run(const RunEntry& run, const std::byte* sections, std::byte* destination) {
+  bool right = true;
+  std::uint64_t checksum = 0;
+  for (std::size_t at = 0; at < run.plain_bytes; at += kBlockBytes) {
+    const std::size_t end = std::min<std::size_t>(at + kBlockBytes, run.plain_bytes);
+    right &= unpack_run(run, sections, at, end, destination + at);
+    checksum += fingerprint_part(destination + at, run.plain_offset + at, end - at);
+  }
+  return right && checksum == run.checksum;
+}
+
 bool unpack_chunk(const std::byte* chunk, std::size_t chunk_bytes, std::byte* image,
                   std::size_t image_bytes, unsigned threads) {
   std::vector<RunEntry> runs;
@@ -138,11 +150,7 @@ bool unpack_chunk(const std::byte* chunk, std::size_t chunk_bytes, std::byte* im
   std::atomic<bool> right{true};
   parallel_for(runs.size(), 1, thread_count(threads), [&](std::size_t i, std::size_t) {
     const RunEntry& run = runs[i];
-    std::byte* const place = image + run.plain_offset;
-    if (!unpack_run(run, chunk + run.sections, 0, run.plain_bytes, place) ||
-        fingerprint_part(place, run.plain_offset, run.plain_bytes) != run.checksum) {
-      right = false;
-    }
+    if (!unpack_whole_run(run, chunk + run.sections, image + run.plain_offset)) right = false;
   });
   return right;
 }

@@ -23,6 +23,10 @@ namespace wanoffload {
 [[nodiscard]] bool unpack_run(const packed::RunEntry& run, const std::byte* sections,
                               std::size_t begin, std::size_t end, std::byte* destination);
 
+// Unpacks all that a run covers, and compares its checksum. Returns false if the run is spoilt.
+[[nodiscard]] bool unpack_whole_run(const packed::RunEntry& run, const std::byte* sections,
+                                    std::byte* destination);
+
 // Unpacks a chunk into a plain image and compares the checksums of its runs. Never reads beyond the
 // chunk or writes beyond the image, whatever the bytes are. Returns false if it found the chunk to
 // be spoilt; what could not be unpacked is left. `threads`: 0: as many as there are cores.

@@ -168,7 +168,7 @@ def test_a_tensor_is_packed_up_to_0_9_of_its_bytes(escapes: int, codec: int) -> 
     """10 tiles: 20,480 bytes, of which 0.9 are 18,432; 48 + 14,080 of them without escapes."""
     table = np.zeros(10, np.uint16)
     table[:5] = np.array([1000, 1000, 1000, 1000, escapes - 4000])
-    plan = PackingPlan(20_480, [(0, 20_480, True)], memoryview(table))
+    plan = PackingPlan(20_480, [(0, 20_480, True)], table)
     assert [run[0] for run in plan.runs] == [codec]
 
 
@@ -232,4 +232,4 @@ def test_a_table_that_makes_no_sense_is_refused(
     nbytes: int, tensors: list[tuple[int, int, bool]], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        PackingPlan(nbytes, tensors, memoryview(np.zeros(0, np.uint16)))
+        PackingPlan(nbytes, tensors, np.zeros(0, np.uint16))

@@ -5,8 +5,7 @@ stream; on the host backend, the calling thread), device memory an address.
 """
 
 from collections.abc import Sequence
-
-from typing_extensions import Buffer
+from typing import Any
 
 class OffloadError(RuntimeError): ...
 class BackendError(OffloadError): ...
@@ -48,6 +47,11 @@ class HostBackend(Backend):
 
 class CudaBackend(Backend):
     def __init__(self, device_index: int) -> None: ...
+    def load_unpack_kernel(self, cubin: bytes, name: str, threads: int, shared_bytes: int) -> None:
+        """Takes the kernel that unpacks from here on: `kernels/unpack.py` compiled for this device.
+
+        `threads` of a block, `shared_bytes` of dynamic shared memory. Raises BackendError.
+        """
 
 class SourceFile:
     """A file whose bytes become images, opened once and read by many threads.
@@ -101,6 +105,15 @@ class FileImage(Image):
     def view(self, offset: int, nbytes: int) -> FileBytes:
         """Bytes of one extent, mapped. Call check() before they are looked at."""
 
+class PiecesImage(Image):
+    """Bytes that stand in several places of host memory, (address, offset, bytes) each.
+
+    Between them are zeros. Keeps nothing alive: pieces must stay while a transfer reads them. Raises
+    UsageError for pieces that overlap or do not fit.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, int, int]], nbytes: int) -> None: ...
+
 class FileBytes:
     """A run of an image's bytes where its file is mapped, to be read only. Keeps both alive."""
 
@@ -123,6 +136,11 @@ class HostImage(Image):
         """Whether other processes may read these bytes: then nobody may change them."""
     def touch(self) -> None:
         """Makes every page present, without changing what is there. Raises HostMemoryError."""
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Gives the whole pages within the range back to the system: they read as zeros.
+
+        Raises UsageError where memory is page-locked or shared.
+        """
     def lock(self) -> None: ...
     def unlock(self) -> None: ...
     def protect(self) -> None:
@@ -168,8 +186,9 @@ class PackingPlan:
     weights of each bf16 tensor. Raises UsageError.
     """
 
+    # Anything with the buffer protocol, which has no type before Python 3.12.
     def __init__(
-        self, plain_bytes: int, tensors: Sequence[_PackedTensor], escapes: Buffer
+        self, plain_bytes: int, tensors: Sequence[_PackedTensor], escapes: Any
     ) -> None: ...
     @property
     def packed_bytes(self) -> int: ...
@@ -233,6 +252,8 @@ class PinnedRing:
     def give_back(self, index: int) -> None: ...
 
 class PrefetchStats:
+    """Counts. `bytes_fetched`: as they cross the link; of packed units, the packed bytes."""
+
     @property
     def acquires(self) -> int: ...
     @property
@@ -247,6 +268,12 @@ class PrefetchStats:
     def failures(self) -> int: ...
 
 class Prefetcher:
+    """`owner` is kept alive until the engine has closed: what holds the memory of slots and staging.
+
+    `staging`: addresses of equal slots of device memory, `staging_bytes` each, two at least,
+    through which packed images pass. Without them a packed image is refused.
+    """
+
     def __init__(
         self,
         backend: Backend,
@@ -259,6 +286,8 @@ class Prefetcher:
         ring_chunk_bytes: int = ...,
         threads: int = ...,
         timeout_ms: int = ...,
+        staging: Sequence[int] = ...,
+        staging_bytes: int = ...,
     ) -> None: ...
     def add_unit(self, image: Image) -> int: ...
     def set_order(self, units: Sequence[int]) -> None: ...
@@ -277,8 +306,37 @@ class Prefetcher:
     @property
     def copy_stream(self) -> int: ...
     @property
+    def unpack_stream(self) -> int:
+        """0 where there is no staging memory."""
+    @property
     def ring_bytes(self) -> int: ...
     @property
     def slot_count(self) -> int: ...
     @property
     def unit_count(self) -> int: ...
+
+class Uploader:
+    """Brings plain images to device addresses, one after the other, through its own pinned ring.
+
+    One thread at a time. A destination is written to from start() on, until the stream that wait()
+    was given has waited, or wait() or close() has raised or returned without that.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        ring_chunks: int = ...,
+        ring_chunk_bytes: int = ...,
+        threads: int = ...,
+        timeout_ms: int = ...,
+    ) -> None: ...
+    def start(self, image: Image, address: int, wait_for_stream: int | None) -> None:
+        """Queues an image. Its copy waits for what is enqueued on that stream now."""
+    def wait(self, stream: int) -> None:
+        """For the oldest image that was not waited for: enqueued whole when this returns.
+
+        `stream` waits for its last byte. What went wrong is raised here, when its copies have
+        ended; the next call is for the next image.
+        """
+    def close(self) -> None: ...

@@ -187,6 +187,36 @@ void reads_fail(Random& random) {
   life.end(world.stream(0));
 }
 
+// Packed bytes that are spoilt in memory, as far as the host backend can tell: on the calling
+// thread. Whoever needs them hears of it, nobody else; once they are right again so is the unit.
+void spoilt_chunks_are_told(Random& random) {
+  Shape shape = random_shape(random, 6);
+  set_bytes(random, shape, random.between<std::size_t>(256, 60'000));
+  shape.packed_share = 1;
+  shape.file_share = 0;
+  shape.streams = 0;
+  World world(random, shape);
+  world.build();
+  for (int turn = random.between(1, 4); turn > 0; --turn) {
+    const int spoilt = random.between(0, shape.units - 1);
+    const auto repair = world.spoil_chunk(spoilt, random);
+    if (random.chance(0.5)) world.prefetcher().prefetch();
+    for (int unit = 0; unit < shape.units; ++unit) {
+      if (unit == spoilt && repair) {
+        const std::string text = check_throws<TransferError>(
+            [&] { (void)world.prefetcher().acquire(unit, 0); }, "a spoilt chunk");
+        check(contains(text, "unit " + std::to_string(unit)), "the error names the unit: " + text);
+        check(contains(text, "spoilt"), "the error names the cause: " + text);
+        repair();
+      }
+      const Acquired acquired = world.prefetcher().acquire(unit, 0);
+      world.read(unit, acquired, 0);
+      world.prefetcher().release(unit, 0, acquired.generation);
+    }
+  }
+  world.close();
+}
+
 Shape stalling_shape(Random& random) {
   Shape shape = random_shape(random, 4);
   set_bytes(random, shape, random.between<std::size_t>(1, 4000));
@@ -223,6 +253,7 @@ void stalling_forward(Random& random, World& world, Patience& patience, StreamHa
   Prefetcher& prefetcher = world.prefetcher();
   for (int unit = 0; unit < world.shape().units; ++unit) {
     if (random.chance(0.2)) World::stall(prefetcher.copy_stream(), kStallMs);
+    if (random.chance(0.2)) World::stall(prefetcher.unpack_stream(), kStallMs);
     if (random.chance(0.1) && stream != 0) World::stall(stream, kStallMs);
     Acquired acquired{};
     patience.repeat("acquire", [&] { acquired = prefetcher.acquire(unit, stream); });
@@ -286,8 +317,8 @@ void a_stalled_fetch_times_out(Random& random) {
 
 int main(int argc, char** argv) {
   using namespace wanoffload::stress;
-  const std::vector<void (*)(Random&)> cases = {every_call_fails_once, many_calls_fail,
-                                                many_calls_fail,       reads_fail,
-                                                stalls_time_out,       a_stalled_fetch_times_out};
+  const std::vector<void (*)(Random&)> cases = {
+      every_call_fails_once,  many_calls_fail, many_calls_fail,          reads_fail,
+      spoilt_chunks_are_told, stalls_time_out, a_stalled_fetch_times_out};
   for (Run run(argc, argv); run.next();) run.random().one_of(cases)(run.random());
 }

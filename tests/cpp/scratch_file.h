@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "file_image.h"
+#include "fingerprint.h"
 
 namespace wanoffload::stress {
 
@@ -41,19 +42,20 @@ struct ScatteredImage {
   std::vector<std::byte> content;
 };
 
-// One or two files; extents in any order, aligned as in memory or not; gaps, which are zeros.
-inline ScatteredImage scattered_image(Random& random, std::size_t bytes) {
+// One or two files; extents in any order, aligned as in memory or not; gaps, which turn the bytes
+// there to zeros, with this chance.
+inline ScatteredImage scattered_image(Random& random, std::vector<std::byte> content, double gaps) {
   struct Target {
     std::vector<std::byte> content;
     std::vector<std::size_t> extents;  // their numbers
   };
-  std::vector<std::byte> content = pattern(random.seed(), bytes);
+  const std::size_t bytes = content.size();
   std::vector<FileExtent> extents;
   std::vector<Target> targets(random.between<std::size_t>(1, 2));
   const std::size_t most = random.chance(0.5) ? bytes : bytes / 4;
   for (std::size_t at = 0; at < bytes;) {
     const std::size_t count = std::min(bytes - at, random.between<std::size_t>(0, most) + 1);
-    if (random.chance(0.15)) {  // a gap
+    if (random.chance(gaps)) {
       std::fill_n(content.begin() + static_cast<std::ptrdiff_t>(at), count, std::byte{0});
     } else {
       Target& target = *random.one_of<Target*>({&targets.front(), &targets.back()});
@@ -75,6 +77,14 @@ inline ScatteredImage scattered_image(Random& random, std::size_t bytes) {
   }
   random.shuffle(extents);
   return {std::make_shared<FileImage>(std::move(extents), bytes), file, std::move(content)};
+}
+
+// Of one file, to be proved by its first fetch.
+inline ScatteredImage unproven_image(Random& random, std::vector<std::byte> content) {
+  const auto file = scratch_file(content, random.chance(0.7), random.chance(0.5));
+  const std::uint64_t print = fingerprint(content.data(), content.size(), 1);
+  const std::vector<FileExtent> extents{{file, 0, content.size(), 0}};
+  return {std::make_shared<FileImage>(extents, content.size(), print), file, std::move(content)};
 }
 
 }  // namespace wanoffload::stress

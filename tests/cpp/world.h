@@ -1,6 +1,6 @@
-// A small model on the host backend: images whose bytes are known, in memory and in files, slots,
-// streams, a prefetcher, and kernels that read a slot on a compute stream and are checked
-// afterwards.
+// A small model on the host backend: images whose bytes are known, plain and packed, in memory and
+// in files, slots, streams, a prefetcher, and kernels that read a slot on a compute stream and are
+// checked afterwards.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,8 @@
 #include "check.h"
 #include "file_image.h"
 #include "host_store.h"
+#include "packed_content.h"
+#include "packed_image.h"
 #include "prefetcher.h"
 #include "scratch_file.h"
 
@@ -25,6 +27,8 @@ struct Shape {
   std::size_t slot_bytes = 0;
   double locked_share = 1;  // of the images in memory
   double file_share = 0;    // of all images
+  double packed_share = 0;  // of all images
+  int staging = 2;          // slots
   int streams = 1;          // to compute on; 0: the calling thread
   double copy_jitter_us = 0;
   double kernel_jitter_us = 0;
@@ -52,6 +56,8 @@ inline Shape random_shape(Random& random, int most_units) {
                                         random.chance(0.5) ? std::size_t{200} << 10 : 4097}));
   shape.locked_share = random.one_of<double>({0, 0.5, 1});
   shape.file_share = random.one_of<double>({0, 0.5, 1});
+  shape.packed_share = random.one_of<double>({0, 0.5, 1});
+  shape.staging = random.between(2, 4);
   shape.streams = random.between(0, 2);
   if (random.chance(0.6)) shape.copy_jitter_us = random.between(1, 300);
   if (random.chance(0.6)) shape.kernel_jitter_us = random.between(1, 300);
@@ -72,6 +78,7 @@ class World {
             HostOptions{0, 0, shape.kernel_jitter_us, random.seed()})) {
     for (int unit = 0; unit < shape.units; ++unit) units_.push_back(new_unit(random));
     for (int i = 0; i < shape.slots; ++i) slots_.emplace_back(shape.slot_bytes);
+    for (int i = 0; i < shape.staging; ++i) staging_.emplace_back(staging_bytes());
     for (int i = 0; i < shape.streams; ++i) streams_.push_back(std::make_unique<Stream>(device_));
   }
   World(const World&) = delete;
@@ -85,7 +92,12 @@ class World {
   void make_prefetcher() {
     std::vector<DeviceAddress> addresses;
     for (auto& slot : slots_) addresses.push_back(reinterpret_cast<DeviceAddress>(slot.data()));
-    prefetcher_.emplace(backend_, addresses, shape_.slot_bytes, shape_.prefetch);
+    PrefetchOptions options = shape_.prefetch;
+    options.engine.staging.slot_bytes = staging_bytes();
+    for (auto& slot : staging_) {
+      options.engine.staging.slots.push_back(reinterpret_cast<DeviceAddress>(slot.data()));
+    }
+    prefetcher_.emplace(backend_, addresses, shape_.slot_bytes, options);
   }
   void add_units() {
     while (prefetcher_->unit_count() < shape_.units) {
@@ -110,7 +122,7 @@ class World {
     check_at_most(acquired.slot, shape_.slots - 1, "the slot of a unit");
     Reading& reading =
         readings_.emplace_back(Reading{unit, units_[index(unit)].content, acquired.slot,
-                                       std::vector<std::byte>(image(unit)->bytes())});
+                                       std::vector<std::byte>(image(unit)->plain_bytes())});
     device_->copy_to_device(reinterpret_cast<DeviceAddress>(reading.seen.data()),
                             slots_[index(acquired.slot)].data(), reading.seen.size(), stream);
   }
@@ -118,7 +130,7 @@ class World {
   // returns can be repeated until it goes through.
   [[nodiscard]] std::function<void()> change(int unit, Random& random) {
     Unit& old = units_[index(unit)];
-    if (old.memory && random.chance(0.5)) {
+    if (old.memory && old.image->packing() == nullptr && random.chance(0.5)) {
       const auto content = random_content(random, old.image->bytes());
       return [this, unit, content, &old] {
         prefetcher_->invalidate(unit);
@@ -130,6 +142,22 @@ class World {
       lock(fresh);
       prefetcher_->replace_unit(unit, fresh.image);
       old = fresh;
+    };
+  }
+  // Changes a byte of a packed unit's chunk. The change back comes back; none if there is no chunk.
+  [[nodiscard]] std::function<void()> spoil_chunk(int unit, Random& random) {
+    const Unit& packed = units_[index(unit)];
+    const auto& chunks = packed.image->packing()->chunks;
+    if (chunks.empty()) return nullptr;
+    prefetcher_->invalidate(unit);
+    const PackedChunk& chunk = random.one_of(chunks);
+    // Of its header: in the sections there is padding, which nobody looks at.
+    std::byte* const place =
+        packed.memory->data() + chunk.offset + random.between<std::size_t>(0, 11);
+    *place ^= std::byte{0x40};
+    return [this, unit, place] {
+      prefetcher_->invalidate(unit);
+      *place ^= std::byte{0x40};
     };
   }
   // What is enqueued on `second` from here on comes behind what is on `first` now.
@@ -156,6 +184,7 @@ class World {
   void close() {
     prefetcher_->close();
     slots_.clear();
+    staging_.clear();
   }
 
   // One stream for a whole forward.
@@ -197,7 +226,7 @@ class World {
   using Content = std::shared_ptr<const std::vector<std::byte>>;
   struct Unit {
     ImagePtr image;
-    HostImagePtr memory;  // the same, if it is one in memory
+    HostImagePtr memory;  // where its bytes stand, if that is in memory
     bool to_lock = false;
     SourceFilePtr file;
     Content content;  // its bytes now
@@ -220,23 +249,38 @@ class World {
     if (unit.to_lock) unit.memory->lock();
   }
 
+  // A chunk that no packing makes smaller, and its table.
+  [[nodiscard]] std::size_t staging_bytes() const { return shape_.slot_bytes + 4096; }
+
   Unit new_unit(Random& random) {
     const std::size_t bytes = random.chance(0.1) ? 0
                               : random.chance(0.5)
                                   ? shape_.slot_bytes
                                   : random.between<std::size_t>(0, shape_.slot_bytes);
-    return random.chance(shape_.file_share) ? unit_in_files(random, bytes)
-                                            : unit_in_memory(random, bytes);
-  }
-  Unit unit_in_memory(Random& random, std::size_t bytes) {
-    const auto image = HostStore(backend_, {false, 1}).allocate(bytes);
-    const Unit unit{image, image, random.chance(shape_.locked_share), nullptr,
-                    random_content(random, bytes)};
-    write(*image, *unit.content);
+    if (!random.chance(shape_.packed_share)) {
+      return stored_unit(random, pattern(random.seed(), bytes), 0.15);
+    }
+    PackedContent made = packed_content(random, bytes);
+    Unit unit = stored_unit(random, std::move(made.packed), 0);
+    unit.image = std::make_shared<PackedImage>(unit.image);
+    unit.content = std::make_shared<const std::vector<std::byte>>(std::move(made.plain));
     return unit;
   }
-  static Unit unit_in_files(Random& random, std::size_t bytes) {
-    ScatteredImage made = scattered_image(random, bytes);
+  Unit stored_unit(Random& random, std::vector<std::byte> content, double gaps) {
+    return random.chance(shape_.file_share) ? unit_in_files(random, std::move(content), gaps)
+                                            : unit_in_memory(random, std::move(content));
+  }
+  Unit unit_in_memory(Random& random, std::vector<std::byte> content) {
+    const auto image = HostStore(backend_, {false, 1}).allocate(content.size());
+    write(*image, content);
+    return {image, image, random.chance(shape_.locked_share), nullptr,
+            std::make_shared<const std::vector<std::byte>>(std::move(content))};
+  }
+  Unit unit_in_files(Random& random, std::vector<std::byte> content, double gaps) {
+    const bool words = content.size() % 4 == 0 && shape_.prefetch.engine.ring_chunk_bytes % 4 == 0;
+    const bool unproven = words && !content.empty() && random.chance(0.3);
+    ScatteredImage made = unproven ? unproven_image(random, std::move(content))
+                                   : scattered_image(random, std::move(content), gaps);
     return {made.image, nullptr, false, made.file,
             std::make_shared<const std::vector<std::byte>>(std::move(made.content))};
   }
@@ -246,7 +290,9 @@ class World {
   const std::shared_ptr<HostBackend> backend_;  // the engine's: its calls can be made to fail
   const std::shared_ptr<HostBackend> device_;   // the kernels'; streams and events fit both
   std::vector<Unit> units_;
-  std::vector<std::vector<std::byte>> slots_;  // apart, so that a write beyond one is seen
+  // Apart, so that a write beyond one is seen.
+  std::vector<std::vector<std::byte>> slots_;
+  std::vector<std::vector<std::byte>> staging_;
   std::vector<Reading> readings_;
   std::vector<std::unique_ptr<Stream>> streams_;
   std::optional<Prefetcher> prefetcher_;  // last: its destructor waits for the streams
