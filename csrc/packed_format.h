@@ -15,9 +15,9 @@ constexpr char kMagic[8] = {'W', 'O', 'P', 'A', 'C', 'K', 'E', 'D'};
 constexpr std::uint32_t kVersion = 1;
 
 constexpr std::size_t kMostChunks = 65'536;
-constexpr std::size_t kMostRuns = 64;                                // of a chunk
-constexpr std::size_t kMostRunBytes = std::size_t{4} << 20;          // of the plain image
-constexpr std::size_t kMostChunkPlainBytes = std::size_t{32} << 20;  // an encoder's choice
+constexpr std::size_t kMostRuns = 64;                           // of a chunk
+constexpr std::size_t kMostChunkBytes = std::size_t{48} << 20;  // an encoder's choice
+constexpr std::size_t kMostRunBytes = std::size_t{4} << 20;     // of the plain image
 constexpr std::size_t kBlockBytes = 16'384;  // of a run: what one group of threads unpacks
 
 // Weight i of a tile is i = 256 group + 8 lane + place.

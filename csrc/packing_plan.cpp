@@ -98,12 +98,13 @@ void PackingPlan::add_plain_runs(std::size_t offset, std::size_t bytes) {
 
 // Runs into chunks, and everything to its place.
 void PackingPlan::place_chunks() {
-  std::size_t plain = 0;
+  std::size_t sections = 0;
   for (std::size_t i = 0; i < runs_.size(); ++i) {
-    plain += runs_[i].plain_bytes;
-    if (i == 0 || chunks_.back().runs == kMostRuns || plain > kMostChunkPlainBytes) {
+    sections += runs_[i].section_bytes();
+    if (i == 0 || chunks_.back().runs == kMostRuns ||
+        table_bytes(chunks_.back().runs + 1) + sections > kMostChunkBytes) {
       chunks_.push_back({0, 0, 0, i, 0});
-      plain = runs_[i].plain_bytes;
+      sections = runs_[i].section_bytes();
     }
     ++chunks_.back().runs;
   }

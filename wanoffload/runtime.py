@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 UNPACKED_UNITS = 2
 """So many stand unpacked on the host, besides those that somebody holds, when packed weights are
 read; and so many more when they are written to."""
-STAGING_SLOTS = 4
-"""Packed chunks on the device at once: one is copied, one unpacked, two even that out. A chunk is
-39.93 MB at most, where every weight of it escapes (docs/packing.md), and 23.7 as weights are."""
+STAGING_SLOTS = 3
+"""Packed chunks on the device at once: one is copied, one unpacked, one evens that out. A chunk is
+48 MiB at most (docs/packing.md): the larger, the fewer gaps between copies."""
 
 
 @dataclass(frozen=True)

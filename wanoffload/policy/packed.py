@@ -22,9 +22,9 @@ with them 1,410 GB/s of packed bytes read, of 4,298 on an H200."""
 DECODE_EXPOSED = 1.0
 """Part of the decoding that the compute stream is slowed by. All of it, until something else is
 measured: both want the device's memory."""
-STAGING_SLOTS = 4
-CHUNK_BYTES = 32 << 20
-"""Of the plain image that one staging slot holds the packed bytes of, at most."""
+STAGING_SLOTS = 3
+CHUNK_BYTES = 48 << 20
+"""Of packed bytes that one staging slot holds, at most."""
 SETUP_FACTOR = 1.5
 """Times as long to set up as a plain block: it goes to the device and back."""
 MARGIN = 0.03
@@ -46,7 +46,7 @@ def staging_bytes(dit: DitFacts, share: float) -> int:
     """Device memory through which packed chunks pass."""
     if not share or not dit.block_bytes:
         return 0
-    return round(STAGING_SLOTS * RATIO * min(CHUNK_BYTES, max(dit.block_bytes)))
+    return round(STAGING_SLOTS * min(CHUNK_BYTES, RATIO * max(dit.block_bytes)))
 
 
 def decode_seconds(dit: DitFacts, share: float, machine: Hardware) -> float:
