@@ -6,12 +6,9 @@ In two steps, because sizes follow from how many weights of a tile escape:
     plan   = the runs, from tiles.escapes     on the host (`PackingPlan`)
     sums   = write_sections(image, tiles, runs, packed)
 
-Base of a tile: with N(e) weights of exponent e, that b of 0..248 with the largest
-N(b) + ... + N(b + 6); of several, the lowest. The others escape.
-
-Sections of a run: each thread has 32 weights, lane l of a tile those of groups k = 0..3, places
-j = 0..7, and writes what the same thread of the decoder reads. A run's checksum is the sum of the
-terms of `fingerprint.py` over its words, at their places in the image.
+Each thread has 32 weights, lane l of a tile those of groups k = 0..3, places j = 0..7, and writes
+what the same thread of the decoder reads. A run's checksum is the sum of the terms of
+`fingerprint.py` over its words, at their places in the image.
 
 Nothing here waits for the device. `csrc/packer.cpp` gives the same bytes on the CPU.
 """
@@ -19,74 +16,22 @@ Nothing here waits for the device. `csrc/packer.cpp` gives the same bytes on the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block_table import columns, most, owner
 from .fingerprint import mix
-from .unpack import CODE_BITS, GROUP_ORDER, escaped_nibbles, load_bits, sum_nibbles
+from .tile_format import CODE_BITS, GROUP_ORDER, escaped_nibbles, load_bits, sum_nibbles
+from .tiles import BLOCK_BYTES, Tiles, tile_escapes, tiles_reference
 
-TILE_BYTES = 2048
-BLOCK_BYTES = 16_384
+__all__ = ["Run", "Tiles", "sections_reference", "tile_escapes", "write_sections"]
 
-PackedTensor = tuple[int, int, bool]
-"""Where a tensor begins in the plain image, its bytes, whether it is bf16."""
 Run = tuple[int, int, int, int, int, int]
 """Codec, where it begins in the plain image, bytes of it, where its sections begin in the packed
 image, its first tile among all (-1: none), escapes. As `PackingPlan.runs` has them."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Of each whole tile of all bf16 tensors, in order, on the device."""
-
-    bases: Tensor
-    """int32."""
-    escapes: Tensor
-    """int32."""
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _owner(firsts, count, block, MOST: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Whose block it is: the last of those that begin at it or before. `firsts` is in order."""
-    index = tl.arange(0, MOST)
-    first = tl.load(firsts + index, mask=index < count, other=0)
-    return tl.sum(((first <= block) & (index < count)).to(tl.int32), axis=0) - 1
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _best_base(exponents):  # type: ignore[no-untyped-def]
-    """(base, escapes) of a tile. `exponents`: int32[1024]."""
-    base = tl.arange(0, 256)
-    upto = tl.cumsum(tl.histogram(exponents, 256), axis=0)
-    last = tl.gather(upto, tl.minimum(base + 6, 255), axis=0)
-    before = tl.where(base > 0, tl.gather(upto, tl.maximum(base - 1, 0), axis=0), 0)
-    # The base is in the key upside down: the lowest of several wins.
-    key = tl.max(tl.where(base <= 248, (last - before) * 256 + 255 - base, 0), axis=0)
-    return 255 - key % 256, 1024 - key // 256
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _tile_kernel(image, table, count, bases, escapes, MOST: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Eight tiles of one tensor. `table`: int64[4, count], a column a tensor: its first block,
-    where it begins in the image, its tiles, the tiles of the tensors before it."""
-    block = tl.program_id(0)
-    column = table + _owner(table, count, block, MOST)
-    first = (block - tl.load(column)) * 8
-    offset = tl.multiple_of(tl.load(column + count), 256)
-    words = (image + offset).to(tl.pointer_type(tl.int16))
-    tiles = tl.load(column + 2 * count)
-    number = tl.load(column + 3 * count)
-    for tile in range(8):
-        if first + tile < tiles:
-            place = (first + tile) * 1024 + tl.arange(0, 1024)
-            weights = tl.load(words + place).to(tl.int32)
-            base, escaped = _best_base((weights >> 7) & 0xFF)
-            tl.store(bases + number + first + tile, base)
-            tl.store(escapes + number + first + tile, escaped)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -211,7 +156,7 @@ def _pack_kernel(image, packed, table, count, bases, before, checksums, MOST: tl
     """One block of a run. `table`: int64[6, count], a column a run: its first block, codec, where
     it begins in the image, bytes of it, where its sections begin, its first tile among all."""
     block = tl.program_id(0)
-    run = _owner(table, count, block, MOST)
+    run = owner(table, count, block, MOST)
     column = table + run
     offset = (block - tl.load(column)) * 16384
     codec = tl.load(column + count)
@@ -237,37 +182,6 @@ def _pack_kernel(image, packed, table, count, bases, before, checksums, MOST: tl
         tl.atomic_add(checksums + run, part, sem="relaxed")
 
 
-def _columns(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A table of the kernels: a row of `rows` is a column on the device."""
-    return torch.tensor(rows, dtype=torch.int64).t().contiguous().to(device, non_blocking=True)
-
-
-def _most(count: int) -> int:
-    return max(triton.next_power_of_2(count), 32)
-
-
-def tile_escapes(image: Tensor, tensors: Sequence[PackedTensor]) -> Tiles:
-    """Looks at the tiles of a plain image: a contiguous uint8 tensor, at a multiple of 16.
-
-    Runs on the current stream. Under TRITON_INTERPRET=1 it takes CPU tensors.
-    """
-    rows = []
-    blocks = tiles = 0
-    for offset, nbytes, bf16 in tensors:
-        own = nbytes // TILE_BYTES if bf16 else 0
-        if own:
-            rows.append((blocks, offset, own, tiles))
-        blocks += triton.cdiv(own * TILE_BYTES, BLOCK_BYTES)
-        tiles += own
-    bases = torch.empty(tiles, dtype=torch.int32, device=image.device)
-    escapes = torch.empty_like(bases)
-    if rows:
-        _tile_kernel[(blocks,)](
-            image, _columns(rows, image.device), len(rows), bases, escapes, MOST=_most(len(rows))
-        )
-    return Tiles(bases, escapes)
-
-
 def write_sections(image: Tensor, tiles: Tiles, runs: Sequence[Run], packed: Tensor) -> Tensor:
     """Writes the sections of all runs, and zeros everywhere else: heads and tables are the plan's.
 
@@ -286,28 +200,15 @@ def write_sections(image: Tensor, tiles: Tiles, runs: Sequence[Run], packed: Ten
         _pack_kernel[(blocks,)](
             image,
             packed,
-            _columns(rows, image.device),
+            columns(rows, image.device),
             len(rows),
             tiles.bases,
             before,
             checksums,
-            MOST=_most(len(rows)),
+            MOST=most(len(rows)),
             num_warps=8,
         )
     return checksums
-
-
-def tiles_reference(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(bases, escapes) of int16[tiles, 1024], in torch operations; for tests."""
-    exponents = (weights >> 7 & 0xFF).to(torch.int64)
-    counts = torch.zeros(weights.shape[0], 257, dtype=torch.int64, device=weights.device)
-    counts[:, 1:].scatter_add_(1, exponents, torch.ones_like(exponents))
-    upto = counts.cumsum(1)
-    inside = upto[:, 7:256] - upto[:, :249]
-    most = inside.amax(1)
-    # Which of several largest ones argmax takes is not promised.
-    bases = torch.arange(249, device=weights.device).where(inside == most[:, None], 249).amin(1)
-    return bases, 1024 - most
 
 
 def sections_reference(weights: Tensor) -> Tensor:

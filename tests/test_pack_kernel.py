@@ -25,6 +25,7 @@ from tests.test_packing import (
 from wanoffload._C import PackingPlan, fingerprint
 
 pack = pytest.importorskip("wanoffload.kernels.pack")
+tile_kernel = pytest.importorskip("wanoffload.kernels.tiles")
 
 
 def tiles_of(plain: Plain) -> Any:
@@ -131,7 +132,7 @@ def test_bases_are_those_of_the_rule_and_so_are_escapes() -> None:
     found = tiles_of(plain_image([tiles]))
     rule = [plain_packing.best_base(tile) for tile in tiles.numpy().view(np.uint16)]
     assert list(zip(found.bases.tolist(), found.escapes.tolist(), strict=True)) == rule
-    references = pack.tiles_reference(tiles)
+    references = tile_kernel.tiles_reference(tiles)
     assert list(zip(*(r.tolist() for r in references), strict=True)) == rule
 
 
@@ -140,7 +141,7 @@ def test_tiles_of_several_tensors_are_counted_in_order() -> None:
     tensors[3].view(torch.int16)[5 * 1024 : 5 * 1024 + 77] = 0
     found = tiles_of(plain_image(tensors))
     whole = torch.cat([tensors[0][:2048], tensors[3]]).view(torch.int16).view(-1, 1024)
-    bases, escapes = pack.tiles_reference(whole)
+    bases, escapes = tile_kernel.tiles_reference(whole)
     assert found.bases.tolist() == bases.tolist()
     assert found.escapes.tolist() == escapes.tolist()
     assert escapes[7] >= 77

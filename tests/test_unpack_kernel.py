@@ -18,6 +18,7 @@ from tests.kernel_chunks import DEVICE, ChunkRun, chunk_of, fenced
 from tests.test_packing import ALL_PATTERNS, gaussian, packed_bytes, plain_image
 
 pack = pytest.importorskip("wanoffload.kernels.pack")
+tile_kernel = pytest.importorskip("wanoffload.kernels.tiles")
 unpack = pytest.importorskip("wanoffload.kernels.unpack")
 
 AROUND = 4096
@@ -67,7 +68,7 @@ def check_round_trip(tensors: Sequence[torch.Tensor]) -> None:
 
 def coded(weights: torch.Tensor) -> ChunkRun:
     """A coded run of int16[tiles, 1024], however badly it shrinks."""
-    _, escapes = pack.tiles_reference(weights)
+    _, escapes = tile_kernel.tiles_reference(weights)
     return ChunkRun(1, 2 * weights.numel(), pack.sections_reference(weights), int(escapes.sum()))
 
 
