@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fingerprint import mix
-from .unpack import escaped_nibbles, load_bits, sum_nibbles
+from .unpack import CODE_BITS, GROUP_ORDER, escaped_nibbles, load_bits, sum_nibbles
 
 TILE_BYTES = 2048
 BLOCK_BYTES = 16_384
@@ -76,7 +76,8 @@ def _tile_kernel(image, table, count, bases, escapes, MOST: tl.constexpr):  # ty
     block = tl.program_id(0)
     column = table + _owner(table, count, block, MOST)
     first = (block - tl.load(column)) * 8
-    words = (image + tl.load(column + count)).to(tl.pointer_type(tl.int16))
+    offset = tl.multiple_of(tl.load(column + count), 256)
+    words = (image + offset).to(tl.pointer_type(tl.int16))
     tiles = tl.load(column + 2 * count)
     number = tl.load(column + 3 * count)
     for tile in range(8):
@@ -294,3 +295,49 @@ def write_sections(image: Tensor, tiles: Tiles, runs: Sequence[Run], packed: Ten
             num_warps=8,
         )
     return checksums
+
+
+def tiles_reference(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(bases, escapes) of int16[tiles, 1024], in torch operations; for tests."""
+    exponents = (weights >> 7 & 0xFF).to(torch.int64)
+    counts = torch.zeros(weights.shape[0], 257, dtype=torch.int64, device=weights.device)
+    counts[:, 1:].scatter_add_(1, exponents, torch.ones_like(exponents))
+    upto = counts.cumsum(1)
+    inside = upto[:, 7:256] - upto[:, :249]
+    most = inside.amax(1)
+    # Which of several largest ones argmax takes is not promised.
+    bases = torch.arange(249, device=weights.device).where(inside == most[:, None], 249).amin(1)
+    return bases, 1024 - most
+
+
+def sections_reference(weights: Tensor) -> Tensor:
+    """uint8: the sections of a run of int16[tiles, 1024], in torch operations; for tests."""
+    tiles, device = weights.shape[0], weights.device
+    bases, counts = tiles_reference(weights)
+    exponents = (weights >> 7 & 0xFF).to(torch.int64)
+    codes = exponents - bases[:, None]
+    codes = codes.where((codes >= 0) & (codes < 7), 7).view(tiles, 4, 32, 8)
+    groups = (codes << torch.tensor(CODE_BITS, device=device)).sum(3)
+    words = torch.stack(
+        [groups[:, p] | (((groups[:, 3] >> p) & 0x11111111) << 3) for p in range(3)], dim=1
+    )
+    table = torch.zeros(-(-(tiles + 1) // 4) * 4, dtype=torch.int64, device=device)
+    table[1 : tiles + 1] = counts.cumsum(0)
+    table[:tiles] |= bases << 24
+    marks = ((weights >> 8) & 0x80 | weights & 0x7F).view(tiles, 4, 32, 8)[..., list(GROUP_ORDER)]
+    escaped = (codes == 7).transpose(1, 2)
+    escapes = exponents.view(tiles, 4, 32, 8).transpose(1, 2)[escaped]
+    padding = torch.zeros(-escapes.numel() % 16, dtype=torch.uint8, device=device)
+    parts = [
+        _u32_bytes(table),
+        marks.to(torch.uint8).flatten(),
+        _u32_bytes(words),
+        escapes.to(torch.uint8),
+        padding,
+    ]
+    return torch.cat(parts)
+
+
+def _u32_bytes(values: Tensor) -> Tensor:
+    """int64 of 0 to 2^32 - 1 as bytes of 32-bit words."""
+    return values.flatten().view(torch.int32)[::2].contiguous().view(torch.uint8)

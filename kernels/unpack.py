@@ -23,6 +23,7 @@ two-dimensional ones some of Triton's versions lay out each load as they like.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -278,18 +279,22 @@ def unpack_chunk(chunk: Tensor, image: Tensor, blocks: int) -> None:
     unpack_kernel[(blocks,)](chunk, image, chunk.numel(), image.numel(), num_warps=WARPS)
 
 
-def compile_for(capability: int) -> UnpackKernel:
-    """Compiles for a CUDA device of this compute capability (90: 9.0), which need not be there."""
-    if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1: Triton compiles nothing; unset it")
+def compiled_for(capability: int) -> Any:
+    """Triton's result for a CUDA device of this compute capability (90: 9.0), there or not."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: Triton compiles nothing; unset it")
     source = ASTSource(
         unpack_kernel,
         signature={"chunk": "*u8", "image": "*u8", "chunk_bytes": "i64", "image_bytes": "i64"},
         attrs={(i,): [["tt.divisibility", 16]] for i in (0, 1)},
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS}
-    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": WARPS})
+
+
+def compile_for(capability: int) -> UnpackKernel:
+    """Compiles for any device of this compute capability."""
+    compiled = compiled_for(capability)
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise RuntimeError(f"Triton {triton.__version__} wants scratch memory for unpacking")
@@ -300,3 +305,27 @@ def compile_unpack(device: torch.device) -> UnpackKernel:
     """Compiles for this CUDA device. Triton keeps what it compiled on disk."""
     major, minor = torch.cuda.get_device_capability(device)
     return compile_for(10 * major + minor)
+
+
+GROUP_ORDER = (0, 2, 1, 3, 4, 6, 5, 7)
+"""Places of a group's weights, in the order of their signs and mantissas."""
+CODE_BITS = (0, 16, 4, 20, 8, 24, 12, 28)
+"""Where the code of each place begins in G."""
+
+
+def unpack_reference(sections: Tensor, tiles: int) -> Tensor:
+    """int16[tiles, 1024] from the sections of a run, in torch operations; for tests."""
+    table_bytes = -(-(4 * tiles + 4) // 16) * 16
+    rest = sections.numel() - table_bytes - 1408 * tiles
+    _, signs, codes, escapes = sections.split([table_bytes, 1024 * tiles, 384 * tiles, rest])
+    base = (sections[: 4 * tiles].view(torch.int32) >> 24 & 0xFF).view(tiles, 1, 1, 1)
+    words = codes.view(torch.int32).view(tiles, 3, 32).to(torch.int64)
+    last = sum(((words[:, p] >> 3) & 0x11111111) << p for p in range(3))
+    groups = torch.stack([*(words & 0x77777777).unbind(1), torch.as_tensor(last)], dim=2)
+    bits = torch.tensor(CODE_BITS, device=sections.device)
+    code = (groups[..., None] >> bits) & 7  # of tile, lane, group, place: the order of escapes
+    exponent = base + code
+    exponent[code == 7] = escapes[: int((code == 7).sum())].to(torch.int64)
+    marks = signs.view(tiles, 4, 32, 8)[..., list(GROUP_ORDER)].transpose(1, 2).to(torch.int64)
+    bits16 = ((marks & 0x80) << 8) | (exponent << 7) | (marks & 0x7F)
+    return bits16.transpose(1, 2).reshape(tiles, 1024).to(torch.int16)
