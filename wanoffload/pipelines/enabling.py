@@ -23,6 +23,7 @@ from wanoffload.pipelines.components import role
 from wanoffload.pipelines.enabled_class import enabled_class, ordinary_class, state
 from wanoffload.pipelines.tenancy import installed
 from wanoffload.policy.choices import DIT
+from wanoffload.runtime import Offloader
 from wanoffload.units import foreign_hook
 from wanoffload.workload import Workload
 from wanoffload.wrapping import resolve_device
@@ -160,7 +161,7 @@ def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardwar
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values()
     kept = host_memory.bytes_not_given_back(tensors)
     on_device = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
-    on_host = sum(tensor.nbytes for tensor in tensors) - kept
+    on_host = sum(tensor.nbytes for tensor in tensors) - kept - sum(map(_saved, wrapped))
     device, host = machine.device_memory, machine.host_memory
     return replace(
         machine,
@@ -169,9 +170,13 @@ def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardwar
     )
 
 
-def with_choices_found(
-    choices: dict[str, Any], modules: Mapping[str, nn.Module]
-) -> dict[str, Any]:
+def _saved(runtime: Offloader) -> int:
+    """Bytes that packing saves: packed weights are as large as plain ones to who looks at them."""
+    stats = runtime.stats()
+    return stats.plain_bytes - stats.host_bytes - stats.disk_bytes
+
+
+def with_choices_found(choices: dict[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """How transformers were wrapped counts as chosen, unless something else is chosen."""
     dits = [module for key, module in modules.items() if role(key) == DIT]
     found = {"dit_offload_prefetch_size": blocks_ahead(dits), "pack": packed(dits)}
