@@ -1,6 +1,7 @@
 #include "pinned_ring.h"
 
 #include <chrono>
+#include <utility>
 
 #include "errors.h"
 
@@ -23,25 +24,28 @@ PinnedRing::Chunk PinnedRing::check_out(Milliseconds timeout) {
   std::unique_lock lock(mutex_);
   for (;;) {
     reap();
-    if (!free_.empty()) {
-      const std::size_t index = free_.back();
-      free_.pop_back();
-      return {memory_->data() + index * chunk_bytes_, index};
-    }
+    if (!free_.empty()) return take_free();
+    if (in_flight_.empty() && unmarked_.size > 0) mark();
     if (!in_flight_.empty()) {
       // Taken off the list first: the wait is without the lock, and nobody else may wait for it.
-      const std::size_t index = in_flight_.front();
+      const Group oldest = in_flight_.front();
       in_flight_.pop_front();
+      waited_for_ += oldest.size - 1;
       lock.unlock();
       try {
-        synchronize(*backend_, events_[index].handle(), timeout);
+        synchronize(*backend_, events_[oldest.last()].handle(), timeout);
       } catch (...) {
         lock.lock();
-        in_flight_.push_front(index);
+        waited_for_ -= oldest.size - 1;
+        in_flight_.push_front(oldest);
         changed_.notify_all();
         throw;
       }
-      return {memory_->data() + index * chunk_bytes_, index};
+      lock.lock();
+      waited_for_ -= oldest.size - 1;
+      set_free(oldest);
+      changed_.notify_all();  // there may be one for somebody else
+      return take_free();
     }
     if (changed_.wait_until(lock, deadline) == std::cv_status::timeout) {
       throw TransferTimeout("no chunk of the pinned ring came free within " +
@@ -50,19 +54,45 @@ PinnedRing::Chunk PinnedRing::check_out(Milliseconds timeout) {
   }
 }
 
+void PinnedRing::set_free(const Group& group) {
+  free_.insert(free_.end(), group.chunks.begin(), group.chunks.begin() + group.size);
+}
+
+PinnedRing::Chunk PinnedRing::take_free() {
+  const std::size_t index = free_.back();
+  free_.pop_back();
+  return {memory_->data() + index * chunk_bytes_, index};
+}
+
 // Chunks whose copies have ended come free, the one used last on top: as long as copies keep up,
 // few chunks of a large ring are used again and again, and stay in the processor's caches.
 void PinnedRing::reap() {
-  while (!in_flight_.empty() && backend_->is_complete(events_[in_flight_.front()].handle())) {
-    free_.push_back(in_flight_.front());
+  while (!in_flight_.empty() &&
+         backend_->is_complete(events_[in_flight_.front().last()].handle())) {
+    set_free(in_flight_.front());
     in_flight_.pop_front();
   }
 }
 
+// Puts an event behind what was sent without one.
+void PinnedRing::mark() {
+  backend_->record(events_[unmarked_.last()].handle(), stream_);
+  in_flight_.push_back(std::exchange(unmarked_, Group{}));
+}
+
 void PinnedRing::send(const Chunk& chunk, StreamHandle stream) {
-  backend_->record(events_[chunk.index].handle(), stream);
   const std::lock_guard lock(mutex_);
-  in_flight_.push_back(chunk.index);
+  if (unmarked_.size > 0 && stream != stream_) mark();
+  unmarked_.chunks[unmarked_.size++] = chunk.index;
+  stream_ = stream;
+  if (unmarked_.size == kCopiesAnEvent) {
+    try {
+      mark();
+    } catch (...) {
+      --unmarked_.size;
+      throw;
+    }
+  }
   changed_.notify_all();
 }
 
@@ -74,7 +104,9 @@ void PinnedRing::give_back(const Chunk& chunk) {
 
 PinnedRing::Counts PinnedRing::counts() const {
   const std::lock_guard lock(mutex_);
-  return {free_.size(), size() - free_.size() - in_flight_.size(), in_flight_.size()};
+  std::size_t in_flight = unmarked_.size + waited_for_;
+  for (const Group& group : in_flight_) in_flight += group.size;
+  return {free_.size(), size() - free_.size() - in_flight, in_flight};
 }
 
 }  // namespace wanoffload

@@ -1,6 +1,7 @@
 // The way of everything that is not page-locked: a fixed ring of equal page-locked chunks.
 #pragma once
 
+#include <array>
 #include <condition_variable>
 #include <cstddef>
 #include <deque>
@@ -35,15 +36,32 @@ class PinnedRing {
   // Waits until a chunk is free: for one given back, or for the oldest copy in flight. Throws
   // TransferTimeout when none came free in time.
   [[nodiscard]] Chunk check_out(Milliseconds timeout);
-  // The chunk's copy was enqueued on this stream; it comes free behind it. If the event could not
-  // be recorded the chunk stays checked out and the error is thrown.
+  // The chunk's copy was enqueued on this stream; it comes free behind it, and behind the copy that
+  // is sent next. If an event could not be recorded the chunk stays checked out and the error is
+  // thrown.
   void send(const Chunk& chunk, StreamHandle stream);
   // The chunk was not used, or its copy is known to have ended.
   void give_back(const Chunk& chunk);
   [[nodiscard]] Counts counts() const;
 
  private:
-  void reap();  // with mutex_ held
+  // An event between two copies of a few MiB costs the link a percent or two of its time: two
+  // copies share one.
+  static constexpr std::size_t kCopiesAnEvent = 2;
+
+  // Chunks whose copies one event stands behind: that of the last of them.
+  struct Group {
+    std::array<std::size_t, kCopiesAnEvent> chunks{};
+    std::size_t size = 0;
+
+    [[nodiscard]] std::size_t last() const { return chunks[size - 1]; }
+  };
+
+  // With mutex_ held:
+  void reap();
+  void mark();
+  void set_free(const Group& group);
+  Chunk take_free();
 
   const BackendPtr backend_;
   const std::size_t chunk_bytes_;
@@ -55,7 +73,10 @@ class PinnedRing {
   std::condition_variable changed_;
   // guarded by mutex_
   std::vector<std::size_t> free_;
-  std::deque<std::size_t> in_flight_;  // oldest first
+  std::deque<Group> in_flight_;  // oldest first
+  Group unmarked_;               // sent, with no event behind them yet
+  StreamHandle stream_ = 0;      // where those were sent
+  std::size_t waited_for_ = 0;   // in flight, beside a chunk that a thread waits for to take it
 };
 
 }  // namespace wanoffload
