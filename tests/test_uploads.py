@@ -198,8 +198,8 @@ def test_nothing_is_written_any_more_when_a_failure_is_thrown() -> None:
     target.backend = backend
     uploader = target.uploader()
     image = in_memory(backend, random_bytes(SIZE), lock=False)
+    backend.fail_at(7)  # in the middle: two events are made, then there are six copies
     uploader.start(image, target.address(0), None)
-    backend.fail_at(8)  # in the middle: each chunk is a copy and a record
     with pytest.raises(BackendError, match="told to fail"):
         uploader.wait(0)
     before = target.memory.clone()
