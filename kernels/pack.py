@@ -151,7 +151,7 @@ def _pack_block(source, sections, tile, tiles, bases, before, place):  # type: i
     return tl.sum(tl.where(inside, mixed, 0), axis=0)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator, unused-ignore]
 def _pack_kernel(image, packed, table, count, bases, before, checksums, MOST: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """One block of a run. `table`: int64[6, count], a column a run: its first block, codec, where
     it begins in the image, bytes of it, where its sections begin, its first tile among all."""

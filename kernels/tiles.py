@@ -45,7 +45,7 @@ def _best_base(exponents):  # type: ignore[no-untyped-def]
     return 255 - key % 256, 1024 - key // 256
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator, unused-ignore]
 def _tile_kernel(image, table, count, bases, escapes, MOST: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """Eight tiles of one tensor. `table`: int64[4, count], a column a tensor: its first block,
     where it begins in the image, its tiles, the tiles of the tensors before it."""

@@ -94,7 +94,7 @@ def _field(pointer, known):  # type: ignore[no-untyped-def]
     return load_bits(pointer, known).to(tl.int64)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["chunk_bytes", "image_bytes"])  # type: ignore[untyped-decorator, unused-ignore]
 def unpack_kernel(chunk, image, chunk_bytes: tl.int64, image_bytes: tl.int64):  # type: ignore[no-untyped-def]
     """Unpacks one block of a chunk. `chunk`, `image`: uint8, at multiples of 16."""
     block = tl.program_id(0)
