@@ -41,8 +41,14 @@ def file_keys(state: State, prefix: str = "") -> State:
     return {f"{prefix}{key.replace('.default', '')}": value for key, value in state.items()}
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["plain", "packed"])
+def pack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the blocks of every test are stored."""
+    monkeypatch.setattr(Pair, "pack", request.param)
+
+
 def wrap(model: Any, device: str) -> Any:
-    wanoffload.wrap(model, 1, device=device)
+    wanoffload.wrap(model, 1, device=device, pack=Pair.pack)
     wanoffload.offloader(model).poison_slots()
     return model
 
@@ -53,6 +59,8 @@ def values(model: Any) -> State:
 
 class Pair:
     """A resident model and a streamed one that go through the same operations."""
+
+    pack = False
 
     def __init__(self, name: str, device: str, home: str | None = None) -> None:
         """`home`: where both models are changed while they are not streamed."""
@@ -248,7 +256,7 @@ def test_fusing_takes_effect_although_every_block_was_fetched_before(
 ) -> None:
     kind = MODELS["wan21_t2v"]
     pair = Pair("wan21_t2v", device)
-    wanoffload.wrap(pair.streamed, kind.units, device=device)
+    wanoffload.wrap(pair.streamed, kind.units, device=device, pack=pair.pack)
     pair.both(load)
     inputs = kind.inputs(device)
     forward(pair.streamed, inputs)

@@ -61,6 +61,9 @@ MADE: dict[str, tuple[Make, dict[str, Any]]] = {
     "disk": (load, {"host": "disk"}),
     "cache": (load, {"host": "disk", "cache": "blocks.cache"}),
     "share": (load, {"host": "auto", "share": f"test/memory-{os.getpid()}"}),
+    "pinned packed": (wrap, {"host": "pinned", "pack": True}),
+    "pageable packed": (load, {"host": "pageable", "pack": True}),
+    "disk packed": (load, {"host": "disk", "cache": "packed.cache", "pack": True}),
 }
 ENDS: list[Callable[[nn.Module], object]] = [
     lambda model: wanoffload.offloader(model).close(),

@@ -22,13 +22,18 @@ from wanoffload.host_tensor import HostTensor
 KIND = MODELS["wan21_t2v"]
 
 
-@pytest.fixture(autouse=True, params=["pinned", "pageable", "disk"])
+TIERS = ["pinned", "pageable", "disk", "pinned packed", "pageable packed", "disk packed"]
+
+
+@pytest.fixture(autouse=True, params=TIERS)
 def tier(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    host: str = request.param
+    host, _, packed = request.param.partition(" ")
+    options = {"pack": True, "cache": tmp_path / "cache"} if packed else {}
 
     def streamed(prefetch: int, device: str) -> nn.Module:
         if host != "disk":
-            return wanoffload.wrap(KIND.make(), prefetch, device=device, host=host)
+            options.pop("cache", None)
+            return wanoffload.wrap(KIND.make(), prefetch, device=device, host=host, **options)
         folder = tmp_path / "checkpoint"
         KIND.make().save_pretrained(folder)
         model = wanoffload.load(
@@ -38,6 +43,7 @@ def tier(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
             prefetch=prefetch,
             device=device,
             host="disk",
+            **options,
         )
         assert set(wanoffload.offloader(model).tiers) == {"disk"}
         model.register_to_config(_name_or_path="")  # as of one that was not loaded

@@ -133,6 +133,7 @@ class Binding(hooks.Attached):
         not in own memory is brought there first.
         """
         self.take_ownership()
+        self.offloader.stays_plain(self)
         plain = [nn.Parameter(w.plain, w.requires_grad) for w in self.weights]
         for parameters, key, number in self._places:
             if plain and parameters.get(key) is self.weights[number]:
@@ -401,6 +402,8 @@ class Binding(hooks.Attached):
             self.take_in_changes()
             if self._outdated:
                 self.settle()
+            if offloader.paused:  # what was packed anew did not fit the engine's memory
+                offloader.resume()
             stream = offloader.compute_stream()
             slot, generation = offloader.acquire(self.index, stream)
             self._held = (slot, generation, stream)

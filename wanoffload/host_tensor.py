@@ -184,6 +184,13 @@ class HostTensor(torch.Tensor):
             "wanoffload.unwrap() first, or share a clone()"
         )
 
+    def apply_(self, function: Callable[[Any], Any]) -> HostTensor:
+        """As `Tensor.apply_`, which torch does without telling anybody."""
+        with in_turn([self]), ordinary_tensors():
+            _before_write([self])
+            self._plain.apply_(function)
+        return self
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls,
@@ -227,9 +234,9 @@ class HostTensor(torch.Tensor):
         return self._lent().untyped_storage()
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """As `Tensor.contiguous`. Of a packed unit, a view in place of this tensor itself: what asks
-        for its address keeps it unpacked as long as it has the view. `save_pretrained` then takes
-        memory for one shard, not for all."""
+        """As `Tensor.contiguous`. Of a packed unit, a view in place of this tensor itself: who asks
+        it for its address keeps the weight unpacked as long as the view lives. So `save_pretrained`
+        takes memory for one shard, not for all."""
         if self._home is None or isinstance(self, torch.nn.Parameter):
             return super().contiguous(memory_format=memory_format)
         if not self.is_contiguous(memory_format=memory_format) or self.requires_grad:

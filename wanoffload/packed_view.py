@@ -1,4 +1,4 @@
-"""Where the weights of a packed unit stand outside of its forward: unpacked when they are asked for,
+"""Where the weights of a packed unit stand outside of its forward: unpacked when they are read,
 dropped when nobody needs them.
 
 The view has the addresses that the unit's host tensors have for their whole life, and no memory

@@ -281,6 +281,10 @@ class Offloader(hooks.Attached):
                 if free and other.pack_again():
                     self._written.pop(id(other), None)
 
+    def stays_plain(self, binding: Binding) -> None:
+        """The unit is not to be packed again."""
+        self._written.pop(id(binding), None)
+
     def _settle_packed(self) -> None:
         """What was written to is packed again, and what was read is dropped."""
         for binding in list(self._written.values()):
@@ -316,7 +320,7 @@ class Offloader(hooks.Attached):
         if not self._enter_thread(name):
             return False
         try:
-            self._resume()
+            self.resume()
         except BaseException:
             self._leave_thread()
             raise
@@ -356,7 +360,7 @@ class Offloader(hooks.Attached):
         if self.before_forward is not None:
             self.before_forward()
         self._settle_packed()
-        self._resume()
+        self.resume()
         self._recover()
         self._sequence.clear()
         self._step_time.begin_forward()
@@ -456,7 +460,7 @@ class Offloader(hooks.Attached):
         self._slot_owner.clear()
         self.slots = self.staging = _no_memory()
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """New slots and a new engine, with the same units in the same order, if it was paused."""
         if not self._paused or self._closed:
             return
