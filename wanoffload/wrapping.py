@@ -452,6 +452,7 @@ class _Wrapping:
             del placed  # or whoever keeps the next unit's error keeps this one too
             self.bound[-1].make_weights()
             self.progress.update(sum(spec.nbytes for spec in layout.specs))
+            self.placing.check_locks()
         self.placing.finish()
         runtime.host_plan = self.placing.plan
         self._share()
