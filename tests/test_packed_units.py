@@ -18,6 +18,7 @@ from tests.packed_units import (
     packed_bytes,
     packed_unit,
     plain_unit,
+    unpack_kernel,
     unpacking_backend,
     weights,
 )
@@ -201,8 +202,8 @@ def test_a_unit_is_ready_behind_its_last_chunk() -> None:
 
 
 def slow_reader(rig: Rig, unit: int) -> tuple[HostBackend, int, torch.Tensor]:
-    """A reader that has the unit and begins late: its stream, an event behind it, what it sees."""
-    slow = HostBackend(latency_us=2 * LATE * 1e6)
+    """A reader that has the unit and begins late: its backend, an event behind it, what it sees."""
+    slow = HostBackend(latency_us=5 * LATE * 1e6)
     stream, event = slow.create_stream(), slow.create_event()
     slot, generation = rig.engine.acquire(unit, stream)
     seen = torch.zeros_like(rig.units[unit].plain)
@@ -216,23 +217,21 @@ def slow_reader(rig: Rig, unit: int) -> tuple[HostBackend, int, torch.Tensor]:
 @pytest.mark.parametrize("lock", [True, False])
 def test_chunks_are_copied_ahead_of_a_slot_that_is_still_being_read(lock: bool) -> None:
     rig = host_rig(units=2, chunks=2, lock=lock, slots=1)
-    slow, event, seen = slow_reader(rig, 0)
+    slow, event, seen = slow_reader(rig, 0)  # unit 1 is on its way into the same slot
     stored = torch.frombuffer(rig.units[1].memory, dtype=torch.uint8)
     chunks = struct.unpack_from("<QIIQII", bytes(stored[:96].numpy()), 40)
     wanted = [stored[at : at + nbytes] for at, nbytes in (chunks[:2], chunks[3:5])]
-    deadline = time.monotonic() + LATE
     staged = False
-    while not staged and time.monotonic() < deadline:
+    while not staged and not slow.is_complete(event):
         windows = [rig.staging.window(slot, STAGING_BYTES).clone() for slot in (0, 1)]
         staged = all(
             any(torch.equal(window[: chunk.numel()], chunk) for window in windows)
             for chunk in wanted
         )
     assert staged
-    assert not slow.is_complete(event)
-    rig.check(1)
     slow.synchronize(event)
     assert torch.equal(seen, rig.units[0].plain)
+    rig.check(1)
 
 
 @pytest.mark.parametrize("first", ["packed", "plain"])
@@ -402,6 +401,17 @@ def test_a_backend_without_the_kernel_says_so() -> None:
     rig = Rig("cuda", backend, [packed_unit(backend, CHUNK)], slots=1, depth=0)
     with pytest.raises(TransferError, match="load_unpack_kernel"):
         rig.use(0)
+
+
+@pytest.mark.gpu
+def test_what_is_no_kernel_is_refused_and_the_one_that_was_loaded_stays() -> None:
+    backend = unpacking_backend("cuda")
+    assert isinstance(backend, CudaBackend)
+    with pytest.raises(BackendError, match="cuModuleLoadData"):
+        backend.load_unpack_kernel(b"nothing to run", "unpack", 128, 0)
+    with pytest.raises(BackendError, match="cuModuleGetFunction"):
+        backend.load_unpack_kernel(unpack_kernel().cubin, "nobody", 128, 0)
+    Rig("cuda", backend, [packed_unit(backend, CHUNK)], slots=1, depth=0).check(0)
 
 
 @pytest.mark.gpu
