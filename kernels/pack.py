@@ -112,6 +112,7 @@ def _pack_block(source, sections, tile, tiles, bases, before, place):  # type: i
     l1, h1 = load_bits(word + 64, inside), load_bits(word + 65, inside)
     l2, h2 = load_bits(word + 128, inside), load_bits(word + 129, inside)
     l3, h3 = load_bits(word + 192, inside), load_bits(word + 193, inside)
+    # Beyond the run's tiles weights and base are 0, and nothing escapes.
     g0, m0 = _pack_group(l0, h0, base)
     g1, m1 = _pack_group(l1, h1, base)
     g2, m2 = _pack_group(l2, h2, base)
@@ -130,15 +131,12 @@ def _pack_block(source, sections, tile, tiles, bases, before, place):  # type: i
 
     count = sum_nibbles(escaped_nibbles(g0)) + sum_nibbles(escaped_nibbles(g1))
     count += sum_nibbles(escaped_nibbles(g2)) + sum_nibbles(escaped_nibbles(g3))
-    count = tl.where(inside, count, 0)
     upto = tl.reshape(tl.cumsum(tl.reshape(count, (8, 32)), axis=1), (256,))
     entry = sections.to(tl.pointer_type(tl.uint32)) + row
     tl.store(entry, first.to(tl.uint32) | (base << 24), mask=inside & (lane == 0))
     end = first + upto
     tl.store(entry + 1, end.to(tl.uint32), mask=(row == tiles - 1) & (lane == 31))
     escapes = signs + 1408 * tiles
-    g0, g1 = tl.where(inside, g0, 0), tl.where(inside, g1, 0)
-    g2, g3 = tl.where(inside, g2, 0), tl.where(inside, g3, 0)
     rank = _store_group_escapes(escapes, end - count, l0, h0, g0)
     rank = _store_group_escapes(escapes, rank, l1, h1, g1)
     rank = _store_group_escapes(escapes, rank, l2, h2, g2)

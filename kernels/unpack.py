@@ -109,7 +109,7 @@ def unpack_kernel(chunk, image, chunk_bytes: tl.int64, image_bytes: tl.int64):  
     at = _field(entry + 5, known)
     escapes = _field(entry + 6, known)
     fits = (plain >= 0) & (plain <= image_bytes - nbytes) & (plain % 256 == 0)
-    fits = fits & (offset >= 0) & (offset < nbytes) & (at % 16 == 0)
+    fits = fits & (offset >= 0) & (at % 16 == 0)
     plain = tl.multiple_of(plain, 256)
     at = tl.multiple_of(at, 16)
     if fits:
@@ -119,7 +119,7 @@ def unpack_kernel(chunk, image, chunk_bytes: tl.int64, image_bytes: tl.int64):  
         elif codec == 1:
             tiles = nbytes // 2048
             end = at + (tiles + 4) // 4 * 16 + 1408 * tiles + (escapes + 15) // 16 * 16
-            if (end <= chunk_bytes) & (nbytes % 2048 == 0):
+            if end <= chunk_bytes:
                 _unpack_block(chunk + at, image + plain, offset // 2048, tiles, escapes)
 
 
