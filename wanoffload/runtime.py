@@ -229,7 +229,10 @@ class Offloader(hooks.Attached):
         if isinstance(self._backend, CudaBackend) and not self._can_unpack:
             from wanoffload.kernels.unpack import compile_unpack
 
-            self._backend.load_unpack_kernel(*compile_unpack(self.device))
+            kernel = compile_unpack(self.device)
+            self._backend.load_unpack_kernel(
+                kernel.cubin, kernel.name, kernel.threads, kernel.shared_bytes
+            )
         self._can_unpack = True
 
     # The steady path.
