@@ -120,6 +120,9 @@ def test_a_flag_is_a_choice_in_both_directions(planned: Recorded, name: str) -> 
         (["--dit-offload-prefetch-size", "3"], {"dit_offload_prefetch_size": 3.0}),
         (["--dit-offload-prefetch-size", "0.25"], {"dit_offload_prefetch_size": 0.25}),
         (["--vram-budget", "6GiB"], {"vram_budget": 6 * GIB}),
+        (["--pack", "yes"], {"pack": True}),
+        (["--pack", "no"], {"pack": False}),
+        (["--pack", "auto"], {"pack": "auto"}),
     ],
 )
 def test_a_value_is_a_choice(planned: Recorded, argv: list[str], choice: dict[str, Any]) -> None:
@@ -414,7 +417,8 @@ def test_both_offload_flags_stay_on_together(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_table_in_the_readme_is_what_a_plan_says() -> None:
-    for height, width, frames in ((480, 832, 17), (480, 832, 81), (720, 1280, 81)):
+    sizes = ((480, 832, 1), (480, 832, 17), (480, 832, 81), (720, 1280, 81))
+    for height, width, frames in sizes:
         cells = [f"{height}x{width}x{frames}"]
         for memory in ("24GB", "48GB", "80GB", "141GB"):
             made = policy.plan(
