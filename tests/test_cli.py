@@ -417,7 +417,8 @@ def test_both_offload_flags_stay_on_together(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_table_in_the_readme_is_what_a_plan_says() -> None:
-    for height, width, frames in ((480, 832, 17), (480, 832, 81), (720, 1280, 81)):
+    sizes = ((480, 832, 1), (480, 832, 17), (480, 832, 81), (720, 1280, 81))
+    for height, width, frames in sizes:
         cells = [f"{height}x{width}x{frames}"]
         for memory in ("24GB", "48GB", "80GB", "141GB"):
             made = policy.plan(

@@ -122,7 +122,13 @@ def test_reading_one_weight_unpacks_this_one_alone(model: Any) -> None:
 
 def test_what_looks_at_no_value_unpacks_nothing(model: Any) -> None:
     for weight in model.blocks.parameters():
-        views = [weight.detach(), weight.data, weight.view(-1), weight[None], weight.transpose(0, -1)]
+        views = [
+            weight.detach(),
+            weight.data,
+            weight.view(-1),
+            weight[None],
+            weight.transpose(0, -1),
+        ]
         assert all(view.numel() == weight.numel() for view in views)
         assert (weight.device.type, weight.is_pinned()) == ("cpu", False)
         torch.empty_like(weight)

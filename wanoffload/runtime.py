@@ -139,7 +139,7 @@ def _largest_chunk(image: Image) -> int:
 class Offloader(hooks.Attached):
     """A wrapped model's runtime. Get it with `wanoffload.offloader(transformer)`.
 
-    `pack`: the share of the blocks that was packed, from 0.0 to 1.0.
+    `pack`: the share of the blocks that was packed; 1.0: all that could be.
 
     Forwards of the model run on one thread at a time, on any CUDA stream. Everything here may be
     called from any thread.

@@ -209,7 +209,8 @@ def start(
             verify,
             bar,
         ).run()
-    runtime.pack = len(packed) / len(units)
+    whole = bool(packed) and packed == packable.units
+    runtime.pack = 1.0 if whole else len(packed) / len(units)
     return runtime
 
 
