@@ -87,6 +87,17 @@ def test_data_that_is_kept_and_put_back_restores_the_weight() -> None:
     assert torch.equal(model(X), expected)
 
 
+def test_a_function_applied_in_place_takes_effect_in_the_next_forward() -> None:
+    """Torch does it without telling anybody."""
+    model = wrapped()
+    resident = Chain(linear).requires_grad_(False)
+    resident.load_state_dict(model.state_dict())
+    model(X)
+    for each in (model, resident):
+        each.blocks[0].weight.apply_(lambda value: 2 * value)
+    assert torch.equal(model(X), resident(X))
+
+
 def test_functional_call_changes_nothing_for_good() -> None:
     model = wrapped()
     expected = model(X)

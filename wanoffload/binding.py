@@ -191,7 +191,7 @@ class Binding(hooks.Attached):
         return stored.nbytes if own else 0
 
     def take_ownership(self) -> None:
-        """Brings the image into own memory, if it is not there, for the host and for the engine.
+        """Brings the image into own memory, plain, if it is not there; the engine is fenced.
 
         Raises HostMemoryError, or TransferError if it can't be read; nothing has changed then.
         """
@@ -234,8 +234,8 @@ class Binding(hooks.Attached):
             view.is_packed_as(self.image)
             raise
         self._was_packed = self.image.nbytes, self.tier == PINNED
+        self._outdated = True  # first: whatever interrupts this, the unit is settled before its use
         self.image = view.memory
-        self._outdated = True
 
     def settle(self) -> None:
         """The engine gets the weights as they are: packed again if they were packed, or plain if

@@ -141,6 +141,11 @@ class HostTensor(torch.Tensor):
         return self._lent()
 
     @property
+    def address(self) -> int:
+        """Where it stands, to be compared with others: what is there is not looked at."""
+        return self._plain.data_ptr()
+
+    @property
     def data(self) -> Tensor:
         """As `Tensor.data`; what is written to it counts as written to this tensor."""
         return self.detach()
@@ -155,8 +160,8 @@ class HostTensor(torch.Tensor):
         Raises WeightChangeError for any other: this tensor's place in memory is fixed.
         """
         self.check_fits(value)
-        new = value._plain if isinstance(value, HostTensor) else value
-        if new.data_ptr() == self._plain.data_ptr() and new.stride() == self.stride():
+        address = value.address if isinstance(value, HostTensor) else value.data_ptr()
+        if address == self.address and value.stride() == self.stride():
             return
         guard = self._guard
         hosts = [self, value] if isinstance(value, HostTensor) else [self]

@@ -79,7 +79,6 @@ class PackedView:
     def is_packed_as(self, packed: PackedImage) -> None:
         """What is here also stands in these bytes, so it may be dropped."""
         self.packed = packed
-        self._here = set(range(len(self.layout.specs)))
         self.nbytes = self.layout.nbytes
         self._recent.note(self)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wanoffload.errors import WrapError
+from wanoffload.host_tensor import HostTensor
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
@@ -76,7 +77,8 @@ def tie_key(tensor: Tensor) -> object:
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return id(tensor)
     bits = (tensor.is_conj(), tensor.is_neg())
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), bits)
+    address = tensor.address if isinstance(tensor, HostTensor) else tensor.data_ptr()
+    return (tensor.device, address, tensor.dtype, tensor.shape, tensor.stride(), bits)
 
 
 def _homes_of_parameters(
