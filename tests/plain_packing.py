@@ -71,17 +71,23 @@ def read_tables(packed: bytes) -> Packed:
     return Packed(plain, fingerprint, chunks)
 
 
+def _read_run(chunk: bytes, r: int) -> tuple[Run, int]:
+    """A run of a chunk's table, and what must be zero in it."""
+    codec, first, at, plain, sections, escapes, zero, checksum, zeros = struct.unpack_from(
+        "<IIQIIIIQQ", chunk, 16 + 48 * r
+    )
+    return Run(codec, first, at, plain, sections, escapes, checksum), zero | zeros
+
+
 def _read_runs(chunk: bytes) -> list[Run]:
     count, _, nbytes, zero = struct.unpack_from("<IIII", chunk)
     assert (nbytes, zero) == (len(chunk), 0)
     assert nbytes % 256 == 0
     runs = []
     for r in range(count):
-        codec, first, at, plain, sections, escapes, zero, checksum, zeros = struct.unpack_from(
-            "<IIQIIIIQQ", chunk, 16 + 48 * r
-        )
-        assert zero == zeros == 0
-        runs.append(Run(codec, first, at, plain, sections, escapes, checksum))
+        run, zeros = _read_run(chunk, r)
+        assert zeros == 0
+        runs.append(run)
     return runs
 
 
@@ -141,12 +147,11 @@ def checked_runs(chunk: bytes, image_bytes: int) -> list[Run] | None:
     table = 16 + 48 * count
     if not 1 <= count <= 64 or nbytes != len(chunk) or zero != 0 or table > len(chunk):
         return None
-    runs = []
+    runs: list[Run] = []
     first = 0
     for r in range(count):
-        fields = struct.unpack_from("<IIQIIIIQQ", chunk, 16 + 48 * r)
-        run = Run(*fields[:6], fields[7])
-        if fields[6] != 0 or fields[8] != 0 or run.codec > 1 or run.first_block != first:
+        run, zeros = _read_run(chunk, r)
+        if zeros != 0 or run.codec > 1 or run.first_block != first:
             return None
         if not 0 < run.plain_bytes <= 2**22 or run.plain_bytes % (2048 if run.codec else 256):
             return None
