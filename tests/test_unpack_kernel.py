@@ -337,3 +337,9 @@ def test_it_compiles_for_a_gpu_that_is_not_there() -> None:
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+def test_the_interpreter_compiles_nothing_and_says_so() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        unpack.compile_for(90)
