@@ -5,6 +5,7 @@
 #               at a time; with SETUP=0 ask for it: PARALLEL="-n auto").
 # make check    format, lint, types, the extension's stub.
 # make stress   C++ stress tests under the address, undefined-behaviour and thread sanitizers.
+# make fuzz     the decoder of packed bytes against an inventive enemy, FUZZ_SECONDS=600 long.
 # make sdist    builds an sdist, installs it elsewhere, and runs a model with it.
 # make bench    the benchmarks (BENCH="step predict ..."), for a machine with a GPU.
 #
@@ -17,6 +18,7 @@ MODEL ?=
 PROMPT ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+FUZZ_SECONDS ?= 600
 BENCH ?= step memory wrapping micro predict limited
 
 ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
@@ -32,7 +34,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/backend/*.cpp csrc/backend/*.h)
 CPP := $(SOURCES) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 PYTHON_FILES := wanoffload kernels tests demo benchmarks setup.py
 
-.PHONY: demo test check format stress sdist bench clean inplace
+.PHONY: demo test check format stress fuzz sdist bench clean inplace
 
 demo: $(READY)
 	$(PY) -m demo $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$(PROMPT)") $(DEMO_ARGS)
@@ -61,6 +63,9 @@ stress: $(READY)
 	  cmake --preset $$preset >/dev/null && cmake --build --preset $$preset && \
 	  setarch -R ctest --preset $$preset || exit 1; \
 	done
+
+fuzz: $(READY)
+	$(PY) -m tests.fuzz_packing --seconds $(FUZZ_SECONDS)
 
 sdist: $(READY)
 	rm -rf build/sdist && $(PY) -m build --sdist --outdir build/sdist .

@@ -13,12 +13,25 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import limited, loading, machine, memory, micro, predict, steps, tables, wrapping
+from benchmarks import (
+    limited,
+    loading,
+    machine,
+    memory,
+    micro,
+    packing,
+    predict,
+    steps,
+    tables,
+    wrapping,
+)
 from benchmarks.contenders import DIFFUSERS_LEVELS, OURS_BY_TIER, RESIDENT
 from benchmarks.harness import ROOT, ResultStore, Session, say
 from benchmarks.models import MODELS
 
-CASES = {case.NAME: case for case in (steps, memory, wrapping, micro, predict, limited, loading)}
+CASES = {
+    case.NAME: case for case in (steps, memory, wrapping, micro, predict, limited, loading, packing)
+}
 TABLE = "table"
 
 

@@ -21,7 +21,12 @@ from benchmarks.timing import Clock
 
 RESIDENT = "resident"
 OURS = "wanoffload"
-OURS_BY_TIER = (f"{OURS}-pN", f"{OURS}-pageable-pN")  # disk: only in the case loading
+OURS_BY_TIER = (  # disk: only in the case loading
+    f"{OURS}-pN",
+    f"{OURS}-packed-pN",
+    f"{OURS}-pageable-pN",
+    f"{OURS}-packed-pageable-pN",
+)
 DIFFUSERS_LEVELS: dict[str, dict[str, Any]] = {
     "diffusers-block-stream": {"offload_type": "block_level", "num_blocks_per_group": 1},
     "diffusers-leaf-stream": {"offload_type": "leaf_level"},
@@ -70,18 +75,21 @@ class Contender(Protocol):
 class Wanoffload:
     """This project: blocks streamed from the host, ``prefetch`` blocks ahead.
 
-    ``host`` is the tier: page-locked or ordinary memory, or the checkpoint on disk.
+    ``host`` is the tier: page-locked or ordinary memory, or the checkpoint on disk. ``pack``: the
+    blocks stand packed.
     """
 
     prefetch: int
     host: str = "pinned"
+    pack: bool = False
     needs_gpu: bool = False
 
     @property
     def name(self) -> str:
-        """For example ``wanoffload-p2``, or ``wanoffload-pageable-p2``."""
+        """For example ``wanoffload-p2``, or ``wanoffload-packed-pageable-p2``."""
+        form = "-packed" if self.pack else ""
         kind = "" if self.host == "pinned" else f"-{self.host}"
-        return f"{OURS}{kind}-p{self.prefetch}"
+        return f"{OURS}{form}{kind}-p{self.prefetch}"
 
     def fingerprint(self, label: str | None) -> str:
         """A hash of the sources, or the label."""
@@ -91,7 +99,9 @@ class Wanoffload:
         """Wraps the model."""
         import wanoffload
 
-        wanoffload.wrap(model, prefetch=self.prefetch, device=device, host=self.host)
+        wanoffload.wrap(
+            model, prefetch=self.prefetch, device=device, host=self.host, pack=self.pack
+        )
 
     def load(
         self,
@@ -112,6 +122,7 @@ class Wanoffload:
             prefetch=self.prefetch,
             device=device,
             host=self.host,
+            pack=self.pack,
             **options,
         )
 
@@ -160,9 +171,10 @@ class DiffusersGroupOffload:
 
 def by_name(name: str) -> Contender:
     """The contender that the command line calls ``name``."""
-    ours = re.fullmatch(rf"{OURS}(?:-(pageable|disk))?-p(\d+)", name)
+    ours = re.fullmatch(rf"{OURS}(-packed)?(?:-(pageable|disk))?-p(\d+)", name)
     if ours is not None:
-        return Wanoffload(int(ours.group(2)), ours.group(1) or "pinned")
+        packed, host, prefetch = ours.groups()
+        return Wanoffload(int(prefetch), host or "pinned", packed is not None)
     if name in DIFFUSERS_LEVELS:
         return DiffusersGroupOffload(name)
     known = ", ".join((RESIDENT, *OURS_BY_TIER, *DIFFUSERS_LEVELS))

@@ -103,7 +103,7 @@ def _measure(session: Session, spec: ModelSpec, name: str, sizes: Sequence[Size]
     """One child process; a row for each size it went through."""
     say(f"{name}: a fresh process for {', '.join(map(str, sizes))}")
     try:
-        found = _run_child(spec, name, sizes, session.device)
+        found = run_child(spec, name, sizes, session.device)
     except (subprocess.SubprocessError, OSError) as error:
         session.failures.append(f"{NAME} {name}: {error}")
         return
@@ -135,9 +135,10 @@ def _with_ceilings(
     }
 
 
-def _run_child(
+def run_child(
     spec: ModelSpec, name: str, sizes: Sequence[Size], device: torch.device
 ) -> dict[str, Any]:
+    """What a contender takes in a fresh process: "setup", and one of "sizes" for each size."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.memory", str(answer), spec.name, name]

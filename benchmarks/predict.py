@@ -1,9 +1,10 @@
 """Case ``predict``: step and device peak as the planner predicts them, beside measured ones.
 
-For each model and size: resident; streamed, 1 and 2 blocks ahead; and whole, where the DiT waits in
-page-locked host memory and is brought to the device for a few steps. Rows hold what was measured;
-the tables compute predictions from them with the cost model as it is then (see ``predictions``), so
-``python -m benchmarks table`` says what a changed constant would have predicted.
+For each model and size: resident; streamed, 1 and 2 blocks ahead, plain and packed; and whole,
+where the DiT waits in page-locked host memory and is brought to the device for a few steps. Rows
+hold what was measured; the tables compute predictions from them with the cost model as it is then
+(see ``predictions``), so ``python -m benchmarks table`` says what a changed constant would have
+predicted.
 """
 
 from __future__ import annotations

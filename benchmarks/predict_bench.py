@@ -90,9 +90,9 @@ class PredictBench:
         return copy_to_host(self._spec, model)
 
     def _run_streamed(self, model: nn.Module, plan: str, sizes: Sequence[Size]) -> None:
-        prefetch = placement_of(plan).prefetch
-        assert prefetch is not None
-        contender = Wanoffload(prefetch)
+        placement = placement_of(plan)
+        assert placement.prefetch is not None
+        contender = Wanoffload(placement.prefetch, pack=placement.packed > 0)
         self._meter.start()
         with streaming(model, contender, self._device):
             for size in sizes:

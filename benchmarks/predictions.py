@@ -24,8 +24,15 @@ from wanoffload.workload import Workload
 
 NAME = "predict"
 STEPS_A_USE = 4  # steps over which a whole DiT's way to the device is spread
-STREAMED = "streamed-p"
-PLANS = (RESIDENT, f"{STREAMED}1", f"{STREAMED}2", WHOLE)
+STREAMED, PACKED = "streamed-p", "-packed"
+PLANS = (
+    RESIDENT,
+    f"{STREAMED}1",
+    f"{STREAMED}2",
+    f"{STREAMED}1{PACKED}",
+    f"{STREAMED}2{PACKED}",
+    WHOLE,
+)
 CARDS = ("24GiB", "48GiB", "80GiB")
 STEP_TOLERANCE = 0.10
 PEAK_TOLERANCE = 0.05
@@ -34,13 +41,17 @@ LOSS_TOLERANCE = 0.02
 
 def plan_name(placement: Placement) -> str:
     """How rows and tables call a placement."""
-    return placement.kind if placement.kind != STREAM else f"{STREAMED}{placement.prefetch}"
+    if placement.kind != STREAM:
+        return placement.kind
+    some = f"-{100 * placement.packed:.3g}%" if placement.packed < 1 else ""
+    return f"{STREAMED}{placement.prefetch}{PACKED + some if placement.packed else ''}"
 
 
 def placement_of(name: str) -> Placement:
     """The placement that rows and tables call ``name``."""
     if name.startswith(STREAMED):
-        return Placement(STREAM, int(name.removeprefix(STREAMED)))
+        prefetch, form, _ = name.removeprefix(STREAMED).partition(PACKED)
+        return Placement(STREAM, int(prefetch), 1.0 if form else 0.0)
     return Placement(name)
 
 

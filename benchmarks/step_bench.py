@@ -38,7 +38,7 @@ class StepBench:
         peak = machine.DevicePeak.above_now(session.device)
         model = self._compiled(build(spec, session.device))
         peak.settle()
-        self._resident = Live(_Resident(), model, 0.0, 0, 0, 0, peak)
+        self._resident = Live(Resident(), model, 0.0, 0, 0, 0, peak)
         self._resident_seen: set[Size] = set()
 
     def run_group(self, group: Sequence[Contender], sizes: Sequence[Size]) -> None:
@@ -173,7 +173,7 @@ class StepBench:
         }
 
 
-class _Resident:
+class Resident:
     """The model that is compared with: everything is on the device already."""
 
     name = RESIDENT

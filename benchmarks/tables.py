@@ -13,6 +13,8 @@ from benchmarks.contenders import RESIDENT
 from benchmarks.harness import ResultStore, Row
 from benchmarks.loading import tables as loading_tables
 from benchmarks.loading.bench import NAME as LOADING
+from benchmarks.packing import tables as packing_tables
+from benchmarks.packing.bench import NAME as PACKING
 from benchmarks.predictions import NAME as PREDICT
 from benchmarks.step_bench import NAME as STEP
 
@@ -30,6 +32,8 @@ def render(store: ResultStore) -> str:
         parts += predict_tables.sections(predicted)
         loaded = [row for row in store.newest(LOADING) if row.machine == machine]
         parts += loading_tables.sections(loaded)
+        packed = [row for row in store.newest(PACKING) if row.machine == machine]
+        parts += packing_tables.sections(packed)
     return "\n\n".join(parts) or "Nothing was measured yet."
 
 

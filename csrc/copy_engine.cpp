@@ -131,7 +131,7 @@ void CopyEngine::put_packed(Transfer& transfer, std::size_t offset, const std::b
 }
 
 StagingRing::Place CopyEngine::open_staging(const PackedChunk& chunk) {
-  const StagingRing::Place place = staging_->open(stream());
+  const StagingRing::Place place = staging_->open(stream(), options_.timeout);
   try {
     poison(place.address, chunk.bytes, stream());
   } catch (...) {

@@ -24,8 +24,8 @@
 namespace wanoffload {
 
 struct EngineOptions {
-  std::size_t ring_chunks = 32;
-  std::size_t ring_chunk_bytes = std::size_t{4} << 20;
+  std::size_t ring_chunks = 16;
+  std::size_t ring_chunk_bytes = std::size_t{8} << 20;
   unsigned threads = 0;  // that fill the ring; 0: 3/4 of the cores, 12 at most
   Milliseconds timeout{60'000};
   StagingMemory staging{};  // for packed images; none: they are refused

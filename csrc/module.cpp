@@ -17,6 +17,7 @@
 #include "pieces_image.h"
 #include "pinned_ring.h"
 #include "prefetcher.h"
+#include "unpacker.h"
 #include "uploader.h"
 
 namespace py = pybind11;
@@ -312,6 +313,16 @@ void bind_packing(py::module_& m) {
             self.write(reinterpret_cast<std::byte*>(address));
           },
           py::arg("address"), NoGil());
+
+  m.def(
+      "unpack_chunk",
+      [](std::uintptr_t chunk, std::size_t chunk_bytes, std::uintptr_t image,
+         std::size_t image_bytes, unsigned threads) {
+        return unpack_chunk(reinterpret_cast<const std::byte*>(chunk), chunk_bytes,
+                            reinterpret_cast<std::byte*>(image), image_bytes, threads);
+      },
+      py::arg("chunk"), py::arg("chunk_bytes"), py::arg("image"), py::arg("image_bytes"),
+      py::arg("threads") = 1U, NoGil());
 
   py::class_<PackedImage, Image, PackedImagePtr>(m, "PackedImage")
       .def(py::init<ImagePtr>(), py::arg("stored").none(false), NoGil())

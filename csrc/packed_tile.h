@@ -12,10 +12,10 @@ struct TileBase {
 };
 [[nodiscard]] TileBase best_base(const std::byte* weights);
 
-// Writes the tile's 1,024 bytes of signs and mantissas, 384 of codes, and its escapes, of which
-// there must be room for as many as `base` leaves.
-void pack_tile(const std::byte* weights, std::uint32_t base, std::byte* signs, std::byte* codes,
-               std::byte* escapes);
+// Writes the tile's 1,024 bytes of signs and mantissas, 384 of codes, and its escapes. Returns
+// false, with no escape written, if the tile has not exactly this many.
+[[nodiscard]] bool pack_tile(const std::byte* weights, std::uint32_t base, std::byte* signs,
+                             std::byte* codes, std::byte* escapes, std::size_t escape_count);
 
 // Returns false, with nothing written, if the codes do not ask for exactly this many escapes.
 // `base` is 0..255.

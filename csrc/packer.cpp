@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "errors.h"
 #include "fingerprint.h"
 #include "packed_tile.h"
 #include "parallel.h"
@@ -93,10 +94,13 @@ std::uint64_t Packer::write_coded(const PlannedRun& run, std::byte* sections) co
     const std::uint32_t base = tiles_.bases[run.first_tile + t];
     const std::uint32_t entry = base << 24 | escapes;
     std::memcpy(sections + 4 * t, &entry, sizeof(entry));
-    pack_tile(image_ + offset, base, sections + at.signs + t * kSignBytes,
-              sections + at.codes + t * kCodeBytes, sections + at.escapes + escapes);
+    const std::uint32_t count = tiles_.escapes[run.first_tile + t];
+    if (!pack_tile(image_ + offset, base, sections + at.signs + t * kSignBytes,
+                   sections + at.codes + t * kCodeBytes, sections + at.escapes + escapes, count)) {
+      throw UsageError("an image was changed while it was packed");
+    }
     checksum += fingerprint_part(image_ + offset, offset, kTileBytes);
-    escapes += tiles_.escapes[run.first_tile + t];
+    escapes += count;
   }
   std::memcpy(sections + 4 * tiles, &escapes, sizeof(escapes));
   std::memset(sections + at.escapes + escapes, 0, at.bytes - at.escapes - escapes);

@@ -18,7 +18,8 @@ class Packer {
          unsigned threads = 0);
 
   [[nodiscard]] const PackingPlan& plan() const { return plan_; }
-  // Writes every byte of the packed image, plan().packed_bytes().
+  // Writes every byte of the packed image, plan().packed_bytes(). Throws UsageError if it sees that
+  // the plain image has changed.
   void write(std::byte* packed) const;
 
  private:

@@ -39,9 +39,12 @@ StagingRing::StagingRing(const BackendPtr& backend, const StagingMemory& memory)
   }
 }
 
-std::size_t StagingRing::take() {
+std::size_t StagingRing::take(Milliseconds timeout) {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [&] { return !free_.empty(); });
+  if (!changed_.wait_for(lock, timeout, [&] { return !free_.empty(); })) {
+    throw TransferTimeout("no staging slot was closed within " + std::to_string(timeout.count()) +
+                          " ms");
+  }
   const std::size_t index = free_.front();
   free_.erase(free_.begin());
   return index;
@@ -60,8 +63,8 @@ void StagingRing::record_read(Slot& slot) {
   slot.read = Read::kRecorded;
 }
 
-StagingRing::Place StagingRing::open(StreamHandle copies) {
-  const std::size_t index = take();
+StagingRing::Place StagingRing::open(StreamHandle copies, Milliseconds timeout) {
+  const std::size_t index = take(timeout);
   Slot& slot = slots_[index];
   try {
     record_read(slot);

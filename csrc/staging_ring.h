@@ -41,8 +41,9 @@ class StagingRing {
 
   // Takes a slot, and makes `copies` wait until what it held is unpacked. The host waits only if
   // all slots are open, for the thread that will be the first to be done with one: so one that
-  // keeps a slot open while it waits for something else must be the only one.
-  [[nodiscard]] Place open(StreamHandle copies);
+  // keeps a slot open while it waits for something else must be the only one. Throws
+  // TransferTimeout.
+  [[nodiscard]] Place open(StreamHandle copies, Milliseconds timeout);
   // All of the chunk was enqueued on `copies`: unpacks it behind that. The slot is no longer open,
   // even if this throws.
   void unpack(const Place& place, const UnpackJob& job, StreamHandle copies);
@@ -59,7 +60,7 @@ class StagingRing {
     Read read = Read::kNever;  // whether it was unpacked from, and `free` stands behind that
   };
 
-  [[nodiscard]] std::size_t take();
+  [[nodiscard]] std::size_t take(Milliseconds timeout);
   void give_back(std::size_t index);
   void record_read(Slot& slot);
 

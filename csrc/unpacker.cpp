@@ -77,13 +77,14 @@ struct TileEntry {
   std::uint32_t end;
 };
 
-// False if the escapes are not within the run's.
+// False if its escapes end behind the run's. That they begin before they end shows where they are
+// compared with the codes.
 bool read_tile_entry(const RunEntry& run, const std::byte* sections, std::size_t tile,
                      TileEntry& entry) {
   std::array<std::uint32_t, 2> words;
   std::memcpy(words.data(), sections + 4 * tile, sizeof(words));
   entry = {words[0] >> 24, words[0] & 0xFFFFFFU, words[1] & 0xFFFFFFU};
-  return entry.first <= entry.end && entry.end <= run.escapes;
+  return entry.end <= run.escapes;
 }
 
 bool unpack_one(const RunEntry& run, const std::byte* sections, std::size_t tile,

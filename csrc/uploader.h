@@ -25,8 +25,8 @@ class Uploader {
   void start(ImagePtr image, DeviceAddress destination, std::optional<StreamHandle> behind);
   // The oldest image that was not waited for: the host waits until all of it is enqueued, `stream`
   // waits for its last byte. If its transfer failed, waits for the copies in flight and throws why;
-  // the next call is for the next image. Throws TransferTimeout, and the same image can be waited
-  // for again; UsageError if none is left.
+  // the next call is for the next image. Throws UsageError if none is left; TransferTimeout, behind
+  // which only close() is of use.
   void wait(StreamHandle stream);
   // Waits for the copies in flight, then gives everything back. What was not enqueued does not
   // arrive: waiting for it throws ClosedError. Idempotent; the destructor does it too.

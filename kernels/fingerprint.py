@@ -24,17 +24,22 @@ BLOCK = 4096
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def mix(word, place):  # type: ignore[no-untyped-def]
+    """The term of each word, as int64. Words and their places: uint32."""
+    x = word ^ (place * 0x9E3779B1)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return (x ^ (x >> 16)).to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _fingerprint_kernel(words, sums, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """Sums the mixed words of one block. `words`: int32[count]; `sums`: int64[programs]."""
     program = tl.program_id(0)
     place = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     word = tl.load(words + place, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    x = word ^ (place.to(tl.uint32) * 0x9E3779B1)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    x = x ^ (x >> 16)
-    mixed = tl.where(inside, x.to(tl.int64), 0)
+    mixed = tl.where(inside, mix(word, place.to(tl.uint32)), 0)
     tl.store(sums + program, tl.sum(mixed, axis=0))
 
 

@@ -120,6 +120,9 @@ def test_a_flag_is_a_choice_in_both_directions(planned: Recorded, name: str) -> 
         (["--dit-offload-prefetch-size", "3"], {"dit_offload_prefetch_size": 3.0}),
         (["--dit-offload-prefetch-size", "0.25"], {"dit_offload_prefetch_size": 0.25}),
         (["--vram-budget", "6GiB"], {"vram_budget": 6 * GIB}),
+        (["--pack", "yes"], {"pack": True}),
+        (["--pack", "no"], {"pack": False}),
+        (["--pack", "auto"], {"pack": "auto"}),
     ],
 )
 def test_a_value_is_a_choice(planned: Recorded, argv: list[str], choice: dict[str, Any]) -> None:
@@ -278,13 +281,20 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize(
+    ("options", "how"), [([], "3 packed, in 0.7975 of 0.00 GB"), (["--plain"], "plain")]
+)
 def test_pack_writes_what_load_reads_and_check_finds_it_sound(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    options: list[str],
+    how: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert cli.main(["pack", str(checkpoint), str(out)]) == 0
+    assert cli.main(["pack", str(checkpoint), str(out), *options]) == 0
     size = out.stat().st_size
-    contents = f"3 blocks of WanTransformer3DModel, 0.00 GB ({size} bytes) in "
+    contents = f"3 blocks of WanTransformer3DModel ({how}), 0.00 GB ({size} bytes) in "
     printed = capsys.readouterr().out
     assert printed.startswith(f"{out}: {contents}")
     assert printed.endswith(" GB/s)\n")
@@ -299,6 +309,8 @@ def test_pack_writes_what_load_reads_and_check_finds_it_sound(
     assert torch.equal(
         model.blocks[1].attn1.to_q.weight, MODELS["wan22_5b"].make().blocks[1].attn1.to_q.weight
     )
+    packed = wanoffload.offloader(model).stats().packed_units
+    assert packed == (0 if options else 3)
     assert cli.main(["check", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{out} is sound: {contents}")
@@ -309,12 +321,42 @@ def test_pack_writes_what_load_reads_and_check_finds_it_sound(
 def test_pack_has_the_choices_of_load(tmp_path: Path, dtype: str) -> None:
     model = MODELS["wan22_5b"].make()
     model.save_pretrained(tmp_path / "model" / "inner", variant="fp16")
-    chosen = ["--subfolder", "inner", "--variant", "fp16", "--dtype", dtype]
+    chosen = ["--subfolder", "inner", "--variant", "fp16", "--dtype", dtype, "--plain"]
     assert cli.main(["pack", str(tmp_path / "model"), str(tmp_path / "out"), *chosen]) == 0
     (unit, *_) = CacheFile.open(tmp_path / "out").header.units
     dtypes = {spec.name: str(spec.dtype).removeprefix("torch.") for spec in unit.layout.specs}
     assert dtypes["attn1.to_q.weight"] == dtype
     assert dtypes["scale_shift_table"] == "float32"
+
+
+def test_a_report_says_what_packing_saves_and_writes_nothing_without_out(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["pack", str(checkpoint), "--report"]) == 0
+    table = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    lines = table.splitlines()
+    assert " ".join(lines[0].split()) == "tensor of blocks dtype plain packed ratio escapes"
+    (row,) = [line for line in lines if line.startswith("ffn.net.0.proj.weight ")]
+    assert row.split()[:4] == ["ffn.net.0.proj.weight", "3", "bfloat16", "0.03"]
+    (row,) = [line for line in lines if line.startswith("scale_shift_table ")]
+    assert row.split()[2:] == ["float32", "0.00", "MB", "0.00", "MB", "1.0000", "-"]
+    assert lines[-1].startswith("3 blocks of WanTransformer3DModel: 0.00 GB plain, 0.00 GB packed")
+    assert "ratio 0.7975" in lines[-1]
+    assert cli.main(["pack", str(checkpoint), str(tmp_path / "out"), "--report"]) == 0
+    assert capsys.readouterr().out.startswith(table)
+    assert (tmp_path / "out").is_file()
+
+
+def test_pack_needs_a_file_to_write_and_something_to_pack(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["pack", str(checkpoint)]) == 2
+    assert "OUT, the file to be written, is missing" in capsys.readouterr().err
+    assert cli.main(["pack", str(checkpoint), str(tmp_path / "out"), "--dtype", "float16"]) == 2
+    assert "holds bf16 weights in torch.float16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_pack_and_check_say_in_one_line_what_is_wrong(
@@ -375,7 +417,8 @@ def test_both_offload_flags_stay_on_together(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_table_in_the_readme_is_what_a_plan_says() -> None:
-    for height, width, frames in ((480, 832, 17), (480, 832, 81), (720, 1280, 81)):
+    sizes = ((480, 832, 1), (480, 832, 17), (480, 832, 81), (720, 1280, 81))
+    for height, width, frames in sizes:
         cells = [f"{height}x{width}x{frames}"]
         for memory in ("24GB", "48GB", "80GB", "141GB"):
             made = policy.plan(

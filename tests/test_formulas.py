@@ -205,11 +205,17 @@ def outside_bytes(module: nn.Module, blocks: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters()) - sum(inside.values())
 
 
+def bf16_bytes(blocks: nn.Module) -> int:
+    tensors = [group[0].tensor for unit in find_units(blocks) for group in unit.groups]
+    return sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_block_bytes_are_those_of_the_images_in_the_order_of_the_units(name: str) -> None:
     module, facts = CASES[name].module(), CASES[name].facts()
     assert list(facts.block_bytes) == image_sizes(module)
     assert facts.other_bytes == outside_bytes(module, module)
+    assert facts.bf16_bytes == bf16_bytes(module)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -218,6 +224,7 @@ def test_block_bytes_of_small_models_with_values_are_those_of_their_images(name:
     facts = dit_facts({**module.config, "_class_name": type(module).__name__})
     assert list(facts.block_bytes) == image_sizes(module)
     assert facts.other_bytes == outside_bytes(module, module)
+    assert facts.bf16_bytes == bf16_bytes(module)
 
 
 def test_the_alignment_of_the_formulas_is_that_of_images() -> None:

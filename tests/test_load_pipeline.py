@@ -523,9 +523,9 @@ def test_a_host_too_small_for_the_blocks_reads_them_from_disk(
     assert needed is not None
     short = replace(CARD, host_memory=needed + (1 << 30) - 1)
     with pytest.raises(wanoffload.HostMemoryError, match="nothing that is permitted fits"):
-        enable(ordinary(folder), hardware=short, device="cpu", **STREAM)
+        enable(ordinary(folder), hardware=short, device="cpu", pack=False, **STREAM)
     with pytest.raises(wanoffload.HostMemoryError, match="nothing that is permitted fits"):
-        load_it(folder, hardware=short, host="pinned", **STREAM)
+        load_it(folder, hardware=short, host="pinned", pack=False, **STREAM)
     with caplog.at_level("INFO", "wanoffload"):
         ours = load_it(folder, hardware=short, host="disk", **STREAM)
     assert "host memory is short: blocks of the DiT are read from disk" in caplog.text

@@ -32,8 +32,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 import wanoffload
 from demo.checkpoint import TINY, make_checkpoint
 from tests.small_models import MODELS
+from wanoffload.facts.folder import look_at_folder
 from wanoffload.facts.look import look
 from wanoffload.facts.model import MOVA, OTHER, QWEN_IMAGE, WAN, ModelFacts
+from wanoffload.facts.parts import model_facts
 from wanoffload.facts.published import PUBLISHED
 from wanoffload.image import lay_out
 from wanoffload.units import find_units
@@ -400,6 +402,23 @@ def test_bytes_are_those_of_a_load_in_bf16_whatever_the_checkpoint_was_saved_in(
     assert look(tmp_path) == replace(look(checkpoint), name=str(tmp_path))
 
 
+def test_bf16_bytes_are_those_of_the_blocks_and_none_after_a_load_in_another_dtype(
+    checkpoint: Path,
+) -> None:
+    transformer = loaded(checkpoint).transformer
+    tensors = [group[0].tensor for unit in find_units(transformer) for group in unit.groups]
+    bf16 = sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.bfloat16)
+    fp32 = sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.float32)
+    assert look(checkpoint).dits[0].bf16_bytes == bf16 > fp32 > 0
+    for dtype in ("F16", "F32"):
+        parts = look_at_folder(checkpoint, dtypes={"transformer": dtype})
+        assert model_facts(parts).dits[0].bf16_bytes == 0
+        assert look(transformer.to(torch.float16)).dits[0].bf16_bytes == 0
+    text_encoder = look(checkpoint).text_encoder
+    assert text_encoder is not None
+    assert text_encoder.bf16_bytes == 0  # encoders are not packed
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_in_a_folder_stand_in_the_order_of_the_units(name: str, tmp_path: Path) -> None:
     model = MODELS[name].make()
@@ -509,6 +528,7 @@ def test_unknown_classes_without_weights_are_refused_by_name(folder: Path) -> No
 def test_folders_and_ids_are_looked_at_without_torch(checkpoint: Path) -> None:
     code = f"""
 import sys
+from wanoffload.facts.folder import look_at_folder
 from wanoffload.facts.look import look
 assert look("Wan-AI/Wan2.2-T2V-A14B-Diffusers").a14b
 assert look({str(checkpoint)!r}).a14b

@@ -18,6 +18,7 @@ from tests.packed_units import (
     packed_bytes,
     packed_unit,
     plain_unit,
+    unpack_kernel,
     unpacking_backend,
     weights,
 )
@@ -274,21 +275,21 @@ def test_whatever_call_fails_the_next_pass_is_right(lock: bool) -> None:
     rig = host_rig(units=3, chunks=3, lock=lock)
     backend = rig.backend
     assert isinstance(backend, HostBackend)
-    failures = 0
+    failures: list[str] = []
     for nth in range(1, 70):
         backend.fail_at(nth)
         for unit in range(3):
             try:
                 rig.check(unit)
             except (TransferError, BackendError) as error:
-                failures += 1
-                assert "told to fail" in str(error)
+                failures.append(str(error))
                 rig.engine.abandon(0)
         backend.fail_at(0)
         for unit in range(3):
             rig.engine.invalidate(unit)  # forgets a prefetch that failed
             rig.check(unit)
-    assert failures > 20
+    assert len(failures) > 20
+    assert all("told to fail" in failure for failure in failures)
     rig.engine.close()
 
 
@@ -402,6 +403,17 @@ def test_a_backend_without_the_kernel_says_so() -> None:
     rig = Rig("cuda", backend, [packed_unit(backend, CHUNK)], slots=1, depth=0)
     with pytest.raises(TransferError, match="load_unpack_kernel"):
         rig.use(0)
+
+
+@pytest.mark.gpu
+def test_what_is_no_kernel_is_refused_and_the_one_that_was_loaded_stays() -> None:
+    backend = unpacking_backend("cuda")
+    assert isinstance(backend, CudaBackend)
+    with pytest.raises(BackendError, match="cuModuleLoadData"):
+        backend.load_unpack_kernel(b"nothing to run", "unpack", 128, 0)
+    with pytest.raises(BackendError, match="cuModuleGetFunction"):
+        backend.load_unpack_kernel(unpack_kernel().cubin, "nobody", 128, 0)
+    Rig("cuda", backend, [packed_unit(backend, CHUNK)], slots=1, depth=0).check(0)
 
 
 @pytest.mark.gpu

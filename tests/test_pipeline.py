@@ -65,6 +65,7 @@ class StandIn:
     image_encoder_cpu_offload: bool = False
     vae_cpu_offload: bool = False
     use_fsdp_inference: bool = False
+    pack_share: float | None = None
     step_seconds: float | None = None
     host_locked_bytes: int | None = None
     fits: bool = True

@@ -40,13 +40,20 @@ PREFETCH = {"all": 2, "rest": None, "dit": 2, "none": None}
 
 COARSE = {name: f"{name}_cpu_offload" for name in (TEXT, IMAGE, VAE)}
 FLAGS = ("dit_layerwise_offload", "dit_cpu_offload", "use_fsdp_inference", *COARSE.values())
-NAMES = (*FLAGS, "layerwise_offload_components", "dit_offload_prefetch_size", "vram_budget")
-DECIDED = ("dit_layerwise_offload", "layerwise_offload_components", "dit_offload_prefetch_size")
-UNSET: dict[str, Any] = dict.fromkeys(FLAGS, False) | {"vram_budget": None}
+SIZES = ("layerwise_offload_components", "dit_offload_prefetch_size", "vram_budget")
+NAMES = (*FLAGS, *SIZES, "pack")
+DECIDED = (
+    "dit_layerwise_offload",
+    "layerwise_offload_components",
+    "dit_offload_prefetch_size",
+    "pack",
+)
+UNSET: dict[str, Any] = dict.fromkeys(FLAGS, False) | {"vram_budget": None, "pack": False}
 
 
 def dit(blocks: int, block_bytes: int = 702_870_000) -> DitFacts:
-    return DitFacts(block_bytes=(block_bytes,) * blocks, other_bytes=520_000_000)
+    in_bf16 = blocks * (block_bytes - 165_000)
+    return DitFacts((block_bytes,) * blocks, other_bytes=520_000_000, bf16_bytes=in_bf16)
 
 
 def wan(name: str, *dits: DitFacts, family: str = WAN, **facts: Any) -> ModelFacts:
@@ -457,6 +464,57 @@ def test_chosen_prefetch_without_a_layerwise_dit_is_none_and_the_log_says_so(cas
     assert not says(used, name)
 
 
+# Rule 9: packing. Without a machine nothing says that it is needed.
+
+
+@pytest.mark.parametrize("chosen", [{}, {"pack": None}, {"pack": False}, {"pack": "auto"}])
+@everywhere
+def test_nothing_is_packed_while_size_and_machine_are_unknown(
+    case: Case, chosen: dict[str, Any]
+) -> None:
+    decided = case.plan(**chosen)
+    assert resolved(decided) == outcome(case.unchosen)
+    kept = chosen.get("pack") is False
+    assert decided.pack_share == (0.0 if kept and decided.dit_layerwise_offload else None)
+    assert not says(decided, "pack")
+    streamed = decided.dit_layerwise_offload
+    assert rule_of(decided, "pack") == ("chosen" if kept and streamed else "rule 9")
+
+
+@everywhere
+def test_chosen_packing_is_obeyed_where_the_dit_is_streamed_and_turns_nothing_on(
+    case: Case,
+) -> None:
+    decided = case.plan(pack=True)
+    streamed = case.unchosen == "all"
+    assert resolved(decided) == outcome(case.unchosen, pack=streamed)
+    assert decided.pack_share == (1.0 if streamed else None)
+    assert says(decided, "pack=True has no effect") == (not streamed)
+    assert rule_of(decided, "pack") == ("chosen" if streamed else "rule 9")
+    made = case.plan(dit_layerwise_offload=True, pack=True)
+    assert (made.pack, made.pack_share, made.messages) == (True, 1.0, ())
+
+
+@everywhere
+def test_the_reason_names_why_nothing_is_packed(case: Case) -> None:
+    streamed = case.plan(dit_layerwise_offload=True)
+    if case.mode in ("speed", "manual"):
+        assert streamed.reasons["pack"] == f"rule 9: mode '{case.mode}' packs nothing by itself"
+        asked = case.plan(dit_layerwise_offload=True, pack="auto")
+        assert asked.reasons["pack"] == "rule 9: plain, while size or machine are unknown"
+    else:
+        assert streamed.reasons["pack"] == "rule 9: plain, while size or machine are unknown"
+    resident = case.plan(dit_layerwise_offload=False)
+    assert resident.reasons["pack"] == "rule 9: the DiT is not streamed"
+
+
+def test_blocks_of_another_dtype_are_not_packed_by_themselves() -> None:
+    in_fp16 = replace(T2V_A14B, dits=(replace(dit(40), bf16_bytes=0),))
+    decided = plan(in_fp16, None, Hardware("24GB", "20GB"))
+    assert decided.reasons["pack"] == "rule 9: plain, none of the blocks is bf16"
+    assert plan(in_fp16, pack=True).pack
+
+
 # Rule 4: components that are chosen.
 
 
@@ -773,7 +831,7 @@ def test_every_choice_has_a_reason(case: Case) -> None:
         reasons = case.plan(**choices).reasons
         assert set(reasons) == set(NAMES)
         for name, reason in reasons.items():
-            assert re.match(r"rule [1-8]\b|chosen\b|not chosen\b", reason), reason
+            assert re.match(r"rule [1-9]\b|chosen\b|not chosen\b", reason), reason
             assert not (name in choices and reason.startswith("not chosen")), name
             assert not (name in FLAGS[1:] and name not in choices and reason == "chosen"), name
         for name in DECIDED:
@@ -874,6 +932,14 @@ def test_a_budget_that_is_no_size_is_an_error(size: Any) -> None:
     with pytest.raises(ValueError, match="vram_budget") as failure:
         plan(T2V_A14B, vram_budget=size)
     assert repr(size) in str(failure.value)
+
+
+@pytest.mark.parametrize("value", ["true", "yes", "", 0, 1, 0.5, [], "Auto"])
+def test_packing_that_is_neither_true_nor_false_nor_auto_is_an_error(value: Any) -> None:
+    with pytest.raises(ValueError, match="pack") as failure:
+        plan(T2V_A14B, pack=value)
+    assert repr(value) in str(failure.value)
+    assert "True, False, 'auto'" in str(failure.value)
 
 
 # Deciding is pure.

@@ -69,7 +69,9 @@ def output(state: State) -> np.ndarray:
     return forward(state["model"], KIND.inputs()).float().numpy()
 
 
-def write_slowly(state: State, name: str, source: Path | int) -> None:
+def write_slowly(
+    state: State, name: str, source: Path | int, options: dict[str, Any] | None = None
+) -> None:
     """Says so when it has written three blocks, and does not go on."""
     real = Placing.place
     placed = 0
@@ -83,7 +85,7 @@ def write_slowly(state: State, name: str, source: Path | int) -> None:
         return real(self, number)
 
     Placing.place = place  # type: ignore[method-assign]
-    build(state, name, source)
+    build(state, name, source, **(options or {}))
 
 
 def keep(state: State, key: str, value: Any) -> None:

@@ -108,8 +108,8 @@ class FileImage(Image):
 class PiecesImage(Image):
     """Bytes that stand in several places of host memory, (address, offset, bytes) each.
 
-    Between them are zeros. Keeps nothing alive: pieces must stay while a transfer reads them. Raises
-    UsageError for pieces that overlap or do not fit.
+    Between them are zeros. Keeps nothing alive: pieces must stay while a transfer reads them.
+    Raises UsageError for pieces that overlap or do not fit.
     """
 
     def __init__(self, pieces: Sequence[tuple[int, int, int]], nbytes: int) -> None: ...
@@ -205,7 +205,7 @@ class Packer:
     """Packs a plain image on the CPU: looks at all of it when made, then writes.
 
     The image must stay as it is until write() has returned. `threads`: 0: as many as there are
-    cores, 16 at most. Raises UsageError.
+    cores, 16 at most. Raises UsageError, also when it sees that the image has changed.
     """
 
     def __init__(
@@ -217,6 +217,16 @@ class Packer:
     def packed_bytes(self) -> int: ...
     def write(self, address: int) -> None:
         """Writes `packed_bytes` bytes, every one of them."""
+
+def unpack_chunk(
+    chunk: int, chunk_bytes: int, image: int, image_bytes: int, threads: int = ...
+) -> bool:
+    """Unpacks one chunk at an address into the plain image at another, on the CPU.
+
+    Never reads beyond the chunk or writes beyond the image, whatever the bytes are. False if the
+    chunk is spoilt: its checksums differ, or it contradicts itself. What could not be unpacked is
+    left.
+    """
 
 class PackedImage(Image):
     """Packed bytes, which `nbytes` and `read` mean, that know how they are unpacked.
@@ -268,8 +278,9 @@ class PrefetchStats:
     def failures(self) -> int: ...
 
 class Prefetcher:
-    """`owner` is kept alive until the engine has closed: what holds the memory of slots and staging.
+    """The order of units, and how far ahead of their use they are fetched.
 
+    `owner` is kept alive until the engine has closed: what holds the memory of slots and staging.
     `staging`: addresses of equal slots of device memory, `staging_bytes` each, two at least,
     through which packed images pass. Without them a packed image is refused.
     """

@@ -24,6 +24,7 @@ FLAGS = {
     "--use-fsdp-inference": "you shard the DiT yourself (FSDP): it is left alone",
 }
 DTYPES = ("bfloat16", "float16", "float32")
+PACK = {"auto": "auto", "yes": True, "no": False}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -153,6 +154,12 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="what the DiT's weights may take on the device: 6GiB",
     )
+    group.add_argument(
+        "--pack",
+        choices=PACK,
+        help="the DiT's streamed blocks stand packed on the host, without loss, and are unpacked "
+        "on the device; auto: where the link binds or host memory is short",
+    )
 
 
 def workload_of(arguments: argparse.Namespace) -> Workload | None:
@@ -187,6 +194,7 @@ def choices_of(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [flag.removeprefix("--").replace("-", "_") for flag in FLAGS]
     names += ["layerwise_offload_components", "dit_offload_prefetch_size", "vram_budget"]
     values = {name: getattr(arguments, name) for name in names}
+    values["pack"] = PACK[arguments.pack] if arguments.pack is not None else None
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 BOUNCE_BYTES = 64 << 20
 """Of the page-locked memory through which packed bytes pass that are not page-locked themselves."""
+SPARE = 0.02
+"""By so much may a unit's packed image be larger than that of an earlier one, of its size."""
 
 
 @dataclass
@@ -64,36 +68,46 @@ class DevicePacking:
         self._weights = weights
         self._todo = todo
         self._device = device
+        self._backend = backend
         self._slots = slots
         self._ahead = min(2, slots.count) - 1  # units on their way beside the one that is packed
         self._store = HostStore(backend)
         self._bounce: HostImage | None = None
         self._coming: list[_Coming] = []
         self._begun = 0
-        self._uploader = Uploader(
-            backend, ring_chunks=RING_BYTES // CHUNK_BYTES, ring_chunk_bytes=CHUNK_BYTES
-        )
+        self._uploader: Uploader | None = None
+        self._packed = torch.empty(0, dtype=torch.uint8, device=device)
 
     def pack(self, unit: Unit, layout: ImageLayout, allocate: Allocate, lock: Lock) -> HostImage:
-        if not self._coming:
-            self._begin(may_copy=True)
-        if self._ahead:
-            self._begin(may_copy=False)
-        window = self._arrived()
-        plan, packed, sums = self._encode(layout, window)
-        if not self._ahead:
-            self._begin(may_copy=False)
-        memory = allocate(plan.packed_bytes)
-        memory.touch()
-        lock(memory, True)
-        self._bring_home(packed, memory)
-        plan.write_heads(memory.address, [number % (1 << 64) for number in sums.tolist()])
-        return memory
+        with self._on_device():
+            if not self._coming:
+                self._begin(may_copy=True)
+            if self._ahead:
+                self._begin(may_copy=False)
+            plan, packed, sums = self._encode(layout, self._arrived())
+            if not self._ahead:
+                self._begin(may_copy=False)
+            memory = allocate(plan.packed_bytes)
+            memory.touch()
+            lock(memory, True)
+            self._bring_home(packed, memory)
+            plan.write_heads(memory.address, [number % (1 << 64) for number in sums.tolist()])
+            return memory
 
     def close(self) -> None:
-        self._uploader.close()
+        if self._uploader is not None:
+            self._uploader.close()
         self._coming.clear()
         self._bounce = None
+        self._let_go()
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Kernels are launched on torch's current device."""
+        return torch.cuda.device(self._device) if self._on_cuda else nullcontext()
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._device.type == "cuda"
 
     # To the device.
 
@@ -111,7 +125,7 @@ class DevicePacking:
         if source is None:
             source = self._plain_image(unit, layout)
         if isinstance(source, Image):
-            self._uploader.start(source, window.data_ptr(), self._stream())
+            self._transfers().start(source, window.data_ptr(), self._stream())
             self._coming.append(_Coming(window, source))
         else:
             window.zero_()
@@ -129,33 +143,57 @@ class DevicePacking:
         """The oldest that is on its way; what is enqueued from here on finds it there."""
         coming = self._coming.pop(0)
         if coming.source is not None:
-            self._uploader.wait(self._stream())
+            self._transfers().wait(self._stream())
         return coming.window
 
+    def _transfers(self) -> Uploader:
+        if self._uploader is None:
+            chunks = RING_BYTES // CHUNK_BYTES
+            self._uploader = Uploader(
+                self._backend, ring_chunks=chunks, ring_chunk_bytes=CHUNK_BYTES
+            )
+        return self._uploader
+
     def _stream(self) -> int:
-        if self._device.type != "cuda":
+        if not self._on_cuda:
             return 0
         return torch.cuda.current_stream(self._device).cuda_stream
 
     # There, and back.
 
     def _encode(self, layout: ImageLayout, plain: Tensor) -> tuple[PackingPlan, Tensor, Tensor]:
-        """The plan, the packed bytes without heads, and each run's checksum, on the device."""
+        """The plan; the packed bytes, zeros for heads, and each run's checksum, on the device."""
         from wanoffload.kernels.pack import tile_escapes, write_sections
 
         tensors = tensors_of(layout)
         tiles = tile_escapes(plain, tensors)
-        escapes = memoryview(tiles.escapes.cpu().numpy())
+        escapes: Any = tiles.escapes.cpu().numpy()
         plan = PackingPlan(layout.nbytes, tensors, escapes)
-        packed = torch.zeros(plan.packed_bytes, dtype=torch.uint8, device=self._device)
+        packed = self._room_for(plan.packed_bytes)
         return plan, packed, write_sections(plain, tiles, plan.runs, packed)
+
+    def _room_for(self, nbytes: int) -> Tensor:
+        """On the device, where every unit is packed: with an allocation of each unit's own size,
+        the allocator would keep them all."""
+        if self._packed.numel() < nbytes:
+            self._let_go()
+            enough = nbytes + int(nbytes * SPARE)
+            self._packed = torch.empty(enough, dtype=torch.uint8, device=self._device)
+        return self._packed[:nbytes]
+
+    def _let_go(self) -> None:
+        self._packed = torch.empty(0, dtype=torch.uint8, device=self._device)
+        if self._on_cuda:
+            torch.cuda.empty_cache()  # what was let go belongs to others now
 
     def _bring_home(self, packed: Tensor, memory: HostImage) -> None:
         """At the link's rate, whether the memory is page-locked or not."""
-        if memory.locked or self._device.type != "cuda":
+        if memory.locked or not self._on_cuda:
             _bytes_of(memory).copy_(packed)
-            return
-        bounce = self._page_locked()
+        else:
+            self._bring_through(self._page_locked(), packed, memory)
+
+    def _bring_through(self, bounce: HostImage, packed: Tensor, memory: HostImage) -> None:
         for start in range(0, memory.nbytes, bounce.nbytes):
             piece = packed[start : start + bounce.nbytes]
             _bytes_of(bounce)[: piece.numel()].copy_(piece)

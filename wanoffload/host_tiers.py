@@ -12,7 +12,7 @@ PINNED, PAGEABLE, DISK = "pinned", "pageable", "disk"
 AUTO = "auto"
 HOST_KINDS = (AUTO, PINNED, PAGEABLE, DISK)
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 8 << 20
 RING_BYTES = 128 << 20
 """Of the ring of a model of which something is pageable, and nothing on disk."""
 READ_AHEAD_BYTES = 1 << 30

@@ -83,8 +83,11 @@ class Placing:
         else:
             memory = self._new_memory(number, self.plan.sizes[number])
             self._weights.write(unit, layout, memory, self._lock(number))
-        self._locking.raise_if_refused(wait=False)
         return PackedImage(memory) if number in self.plan.packed else memory
+
+    def check_locks(self) -> None:
+        """Raises what has kept an image from being locked by now."""
+        self._locking.raise_if_refused(wait=False)
 
     def finish(self) -> None:
         """All are placed: waits for the locks. Raises what kept an image from being locked."""

@@ -139,7 +139,7 @@ def _largest_chunk(image: Image) -> int:
 class Offloader(hooks.Attached):
     """A wrapped model's runtime. Get it with `wanoffload.offloader(transformer)`.
 
-    `pack`: the share of the blocks that was packed, from 0.0 to 1.0.
+    `pack`: the share of the blocks that was packed; 1.0: all that could be.
 
     Forwards of the model run on one thread at a time, on any CUDA stream. Everything here may be
     called from any thread.
@@ -229,7 +229,10 @@ class Offloader(hooks.Attached):
         if isinstance(self._backend, CudaBackend) and not self._can_unpack:
             from wanoffload.kernels.unpack import compile_unpack
 
-            self._backend.load_unpack_kernel(*compile_unpack(self.device))
+            kernel = compile_unpack(self.device)
+            self._backend.load_unpack_kernel(
+                kernel.cubin, kernel.name, kernel.threads, kernel.shared_bytes
+            )
         self._can_unpack = True
 
     # The steady path.

@@ -209,7 +209,8 @@ def start(
             verify,
             bar,
         ).run()
-    runtime.pack = len(packed) / len(units)
+    whole = bool(packed) and packed == packable.units
+    runtime.pack = 1.0 if whole else len(packed) / len(units)
     return runtime
 
 
@@ -452,6 +453,7 @@ class _Wrapping:
             del placed  # or whoever keeps the next unit's error keeps this one too
             self.bound[-1].make_weights()
             self.progress.update(sum(spec.nbytes for spec in layout.specs))
+            self.placing.check_locks()
         self.placing.finish()
         runtime.host_plan = self.placing.plan
         self._share()

@@ -91,18 +91,18 @@ RAW = {
 def _raw(row: Row) -> str:
     """One line of figures."""
     shown = [
-        f"{title} {_text(row.values[name])}"
+        f"{title} {text(row.values[name])}"
         for name, title in RAW.items()
         if row.values.get(name) is not None
     ]
     return f"{row.key['part']}, {_what(row)}: {'; '.join(shown)}."
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     if isinstance(value, dict) and "median" in value:
         return spread(value, 2)
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {_text(each)}" for name, each in value.items())
+        return ", ".join(f"{name}: {text(each)}" for name, each in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_text, value))
+        return ", ".join(map(text, value))
     return f"{value:.2f}" if isinstance(value, float) else f"{value}"

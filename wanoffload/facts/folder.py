@@ -3,7 +3,7 @@
 Of weights only the headers are read. Bytes are those after a load in bf16, with what the class
 keeps in fp32 (see `formulas`), whatever the checkpoint was saved in; tensors of other
 classes, and dtypes other than floating point of 2 bytes and more, count as they are stored. Or, of
-components for which it is known, those after a load in a dtype of so many bytes.
+components for which it is known, those after a load in another dtype.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 from wanoffload.errors import CheckpointError
 from wanoffload.facts.model import ComponentFacts
 from wanoffload.facts.parts import Part, Parts, is_relevant
-from wanoffload.facts.tally import BF16, FP32, image_bytes
+from wanoffload.facts.tally import image_bytes
 from wanoffload.loading.files import read_json
 from wanoffload.loading.header import read_header
 
 _STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4}
 _STORED |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
-_FLOATING = ("F64", "F32", "F16", "BF16")
+_BF16, _FP32_STORED = "BF16", "F32"
+_FLOATING = ("F64", _FP32_STORED, "F16", _BF16)
 _WAN_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 _FP32: dict[str, tuple[str, ...]] = {
     "WanTransformer3DModel": _WAN_FP32,
@@ -48,20 +50,29 @@ _NOT_LOADED = {
 diffusers ignores for Wan, a buffer, the tied copy of an embedding."""
 _IN_LIST = re.compile(r"(.*?)\.(\d+)\.")
 
-Tensors = dict[str, int]
-"""Bytes by the tensor's name."""
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tensor as it will be in memory; `dtype` as safetensors names it."""
+
+    nbytes: int
+    dtype: str
+
+
+Tensors = dict[str, Loaded]
+"""By the tensor's name."""
 
 
 def look_at_folder(
     folder: Path,
     *,
     without: Container[str] = (),
-    itemsizes: Mapping[str, int] = MappingProxyType({}),
+    dtypes: Mapping[str, str] = MappingProxyType({}),
 ) -> Parts:
     """Raises CheckpointError, which names the file, for what is missing or can't be read.
 
-    `without`: names of components that are not looked at. `itemsizes`: by a component's name, the
-    bytes of the dtype it will be loaded in.
+    `without`: names of components that are not looked at. `dtypes`: by a component's name, the
+    dtype it will be loaded in, as safetensors names it.
     """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
@@ -71,7 +82,7 @@ def look_at_folder(
         )
     index = read_json(index_file)
     parts = {
-        name: _part(folder / name, value[1], itemsizes.get(name))
+        name: _part(folder / name, value[1], dtypes.get(name))
         for name, value in index.items()
         if is_relevant(name)
         and name not in without
@@ -88,15 +99,15 @@ def _names_class(value: Any) -> bool:
     return pair and all(item is None or isinstance(item, str) for item in value)
 
 
-def _part(folder: Path, name: str, itemsize: int | None) -> Part:
+def _part(folder: Path, name: str, dtype: str | None) -> Part:
     """A scheduler has a config of its own name, and no weights."""
     own = folder / "scheduler_config.json"
     config = read_json(own if own.is_file() else folder / "config.json")
     config["_class_name"] = name
     tensors = {
-        tensor: nbytes
+        tensor: loaded
         for file in _weight_files(folder)
-        for tensor, nbytes in _tensors(file, name, itemsize)
+        for tensor, loaded in _tensors(file, name, dtype)
         if not _ignored(name, tensor)
     }
     return Part(config, _weights(tensors, config) if tensors else None)
@@ -136,51 +147,60 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     return [] if missing else files
 
 
-def _tensors(file: Path, name: str, itemsize: int | None) -> Iterator[tuple[str, int]]:
-    """Names and bytes as loaded, from the file's header."""
+def _tensors(file: Path, name: str, dtype: str | None) -> Iterator[tuple[str, Loaded]]:
+    """Names, and what is loaded, from the file's header."""
     for tensor in read_header(file).values():
-        loaded = _itemsize(name, tensor.name, tensor.dtype, itemsize)
-        yield tensor.name, math.prod(tensor.shape) * loaded
+        loaded = _loaded_dtype(name, tensor.name, tensor.dtype, dtype)
+        yield tensor.name, Loaded(math.prod(tensor.shape) * _STORED.get(loaded, 1), loaded)
 
 
-def _itemsize(name: str, tensor: str, stored: str, itemsize: int | None) -> int:
-    """Bytes of an element of this class's tensor, once loaded; `itemsize`: in a dtype of those."""
+def _loaded_dtype(name: str, tensor: str, stored: str, dtype: str | None) -> str:
+    """The dtype of this class's tensor, once loaded; `dtype`: that which is asked for."""
     if stored not in _FLOATING:
-        return _STORED.get(stored, 1)
-    if itemsize is None and name in _ALL_FP32:
-        return FP32
-    if itemsize is None and name not in _FP32:
-        return _STORED[stored]
+        return stored
+    if dtype is None and name in _ALL_FP32:
+        return _FP32_STORED
+    if dtype is None and name not in _FP32:
+        return stored
     kept = any(part in _FP32.get(name, ()) for part in tensor.split("."))
-    return FP32 if kept else itemsize or BF16
+    return _FP32_STORED if kept else dtype or _BF16
 
 
 # Blocks, told by their names.
 
+Lists = dict[str, dict[int, list[Loaded]]]
+"""By a list's name and the number of its item, the tensors."""
+
 
 def _weights(tensors: Tensors, config: Mapping[str, Any]) -> ComponentFacts:
     """Blocks are the items of the list (in a transformer: lists at the top) with most bytes."""
-    lists: dict[str, dict[int, list[int]]] = {}
-    for tensor, nbytes in tensors.items():
+    lists: Lists = {}
+    for tensor, loaded in tensors.items():
         if found := _IN_LIST.match(tensor):
-            lists.setdefault(found[1], {}).setdefault(int(found[2]), []).append(nbytes)
+            lists.setdefault(found[1], {}).setdefault(int(found[2]), []).append(loaded)
     name = str(config["_class_name"])
     streamed = _streamed(lists, name)
-    inside = sum(sum(sizes) for key in streamed for sizes in lists[key].values())
+    inside = [each for key in streamed for block in lists[key].values() for each in block]
     blocks = {
-        key: [image_bytes(sizes) for _, sizes in sorted(lists[key].items())] for key in streamed
+        key: [image_bytes(each.nbytes for each in block) for _, block in sorted(lists[key].items())]
+        for key in streamed
     }
     ordered = _in_order(blocks, name, config)
-    return ComponentFacts(tuple(ordered), sum(tensors.values()) - inside)
+    everything = sum(each.nbytes for each in tensors.values())
+    return ComponentFacts(
+        block_bytes=tuple(ordered),
+        other_bytes=everything - sum(each.nbytes for each in inside),
+        bf16_bytes=sum(each.nbytes for each in inside if each.dtype == _BF16),
+    )
 
 
-def _streamed(lists: dict[str, dict[int, list[int]]], name: str) -> list[str]:
+def _streamed(lists: Lists, name: str) -> list[str]:
     if name.startswith("Autoencoder") or not lists:
         return []
     top = [key for key in lists if "." not in key]
     if top:
         return top
-    return [max(lists, key=lambda key: sum(sum(sizes) for sizes in lists[key].values()))]
+    return [max(lists, key=lambda key: sum(t.nbytes for ts in lists[key].values() for t in ts))]
 
 
 def _in_order(blocks: dict[str, list[int]], name: str, config: Mapping[str, Any]) -> Iterator[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from wanoffload.facts.formulas_wan import make_facts
 from wanoffload.facts.model import DitFacts
-from wanoffload.facts.tally import BF16, FP32, Sizes, Tally, dense, image_bytes
+from wanoffload.facts.tally import BF16, FP32, BlockSizes, Sizes, Tally, dense
 from wanoffload.facts.wan_forward import block, embed, head
 from wanoffload.facts.wan_shape import WanShape, block_sizes, outer_sizes, shape_of
 
@@ -70,9 +70,9 @@ def animate_facts(config: Mapping[str, Any]) -> DitFacts:
     return make_facts(s, _blocks(s, every), outer, forward, beside=BF16 + pose, fixed=face)
 
 
-def _blocks(s: WanShape, every: int) -> list[int]:
-    plain = image_bytes(block_sizes(s))
-    face = image_bytes([*dense(s.d, s.d) * 4, s.head * BF16, s.head * BF16])
+def _blocks(s: WanShape, every: int) -> list[BlockSizes]:
+    plain = block_sizes(s)
+    face = BlockSizes([*dense(s.d, s.d) * 4, s.head * BF16, s.head * BF16])
     sizes = []
     for index in range(s.layers):
         sizes.append(plain)

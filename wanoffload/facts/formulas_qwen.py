@@ -10,7 +10,7 @@ from typing import Any
 
 from wanoffload.facts.formulas_wan import CUBLAS_WORKSPACE_BYTES
 from wanoffload.facts.model import DitFacts
-from wanoffload.facts.tally import BF16, FP32, Sizes, Tally, coefficients, dense, image_bytes
+from wanoffload.facts.tally import BF16, FP32, BlockSizes, Sizes, Tally, coefficients, dense
 
 TEXT_TOKENS = 256
 """Prompts are not padded. This many are a long prompt or, in editing, a short one after the 190
@@ -45,6 +45,7 @@ def qwen_facts(config: Mapping[str, Any]) -> DitFacts:
     two = bool(get["zero_cond_t"])
     head, layers = get["attention_head_dim"], get["num_layers"]
     d = get["num_attention_heads"] * head
+    block = BlockSizes(_block_sizes(d, head))
     outputs = get["patch_size"] ** 2 * (get["out_channels"] or get["in_channels"])
 
     def forward(t: Tally, n: int) -> None:
@@ -57,8 +58,9 @@ def qwen_facts(config: Mapping[str, Any]) -> DitFacts:
         t.linear(n, d, outputs)
 
     return DitFacts(
-        block_bytes=(image_bytes(_block_sizes(d, head)),) * layers,
+        block_bytes=(block.image_bytes,) * layers,
         other_bytes=sum(_outer_sizes(d, outputs, get)),
+        bf16_bytes=block.bf16_bytes * layers,
         activation_bytes_per_token=_activation_per_token(d, head, get["in_channels"], two),
         activation_bytes=_activation_fixed(d, head, get["joint_attention_dim"]),
         attention_efficiency=MASKED_ATTENTION,

@@ -7,7 +7,7 @@ from typing import Any
 
 from wanoffload.facts.formulas_wan import make_facts
 from wanoffload.facts.model import DitFacts
-from wanoffload.facts.tally import BF16, Tally, dense, image_bytes
+from wanoffload.facts.tally import BF16, BlockSizes, Tally, dense
 from wanoffload.facts.wan_forward import block, embed, head
 from wanoffload.facts.wan_shape import WanShape, block_sizes, outer_sizes, shape_of
 
@@ -44,11 +44,13 @@ def vace_facts(config: Mapping[str, Any]) -> DitFacts:
     return make_facts(s, _blocks(s, hints), outer, forward, beside=beside)
 
 
-def _blocks(s: WanShape, hints: int) -> list[int]:
+def _blocks(s: WanShape, hints: int) -> list[BlockSizes]:
     """The first block with hints projects what comes in, all project what goes out."""
     plain, projection = block_sizes(s), dense(s.d, s.d)
-    vace = [image_bytes([*plain, *projection * (2 if index == 0 else 1)]) for index in range(hints)]
-    return vace + [image_bytes(plain)] * s.layers
+    with_one = BlockSizes([*plain.bf16, *projection], plain.fp32)
+    with_two = BlockSizes([*plain.bf16, *projection * 2], plain.fp32)
+    vace = [with_two if index == 0 else with_one for index in range(hints)]
+    return vace + [plain] * s.layers
 
 
 def _hint(t: Tally, n: float, s: WanShape, first: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from wanoffload.facts.model import DitFacts
-from wanoffload.facts.tally import BF16, FP32, Sizes, Tally, coefficients, image_bytes
+from wanoffload.facts.tally import BF16, FP32, BlockSizes, Sizes, Tally, coefficients
 from wanoffload.facts.wan_forward import block, embed, head
 from wanoffload.facts.wan_shape import TEXT_TOKENS, WanShape, block_sizes, outer_sizes, shape_of
 
@@ -48,20 +48,21 @@ def wan_facts(config: Mapping[str, Any], token_timesteps: bool = False) -> DitFa
             block(t, n, s)
         head(t, n, s)
 
-    return make_facts(s, [image_bytes(block_sizes(s))] * s.layers, outer_sizes(s), forward)
+    return make_facts(s, [block_sizes(s)] * s.layers, outer_sizes(s), forward)
 
 
 def make_facts(
     s: WanShape,
-    blocks: list[int],
+    blocks: list[BlockSizes],
     outer: Sizes,
     forward: Callable[[Tally, int], None],
     beside: float = 0,
     fixed: float = 0,
 ) -> DitFacts:
     return DitFacts(
-        block_bytes=tuple(blocks),
+        block_bytes=tuple(block.image_bytes for block in blocks),
         other_bytes=sum(outer),
+        bf16_bytes=sum(block.bf16_bytes for block in blocks),
         activation_bytes_per_token=activation_per_token(s, beside),
         activation_bytes=activation_fixed(s) + fixed,
         **coefficients(forward),  # type: ignore[arg-type]  # kernels is the only int

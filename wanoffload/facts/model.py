@@ -22,6 +22,7 @@ FAMILIES = (WAN, QWEN_IMAGE, MOVA, OTHER)
 class ComponentFacts:
     """Weights of one component, in bytes: its repeated blocks in the order of use, and the rest.
 
+    `bf16_bytes`: of a DiT, how many of its blocks' bytes are bf16: those can be packed.
     `activation_bytes_per_pixel`: of a VAE, the peak of encoding or decoding, above its weights, for
     each pixel of a frame (it works through the frames a few at a time), and
     `activation_bytes_per_voxel` for each pixel of each frame.
@@ -29,6 +30,7 @@ class ComponentFacts:
 
     block_bytes: tuple[int, ...] = ()
     other_bytes: int = 0
+    bf16_bytes: int = 0
     activation_bytes_per_pixel: float = 0.0
     activation_bytes_per_voxel: float = 0.0
 
@@ -75,7 +77,9 @@ class ModelFacts:
     becomes one token; `token_factor`: what editing multiplies tokens by. `segment_frames`: a longer
     video is made in pieces of so many frames, and a shorter one is filled up to it (0: in one);
     `reference_frames`: latent frames that each forward has on top. `blocks_in_files`: blocks of the
-    DiTs need no host memory, since they can be read from their files for each use.
+    DiTs need no host memory, since they can be read from their files for each use. `packed`: the
+    DiTs are streamed already, and this share of their blocks stands packed in host memory; None:
+    they are not streamed yet.
     """
 
     name: str = ""
@@ -95,6 +99,7 @@ class ModelFacts:
     segment_frames: int = 0
     reference_frames: int = 0
     blocks_in_files: bool = False
+    packed: float | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

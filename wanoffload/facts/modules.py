@@ -91,7 +91,9 @@ def _weights(module: nn.Module, owner: nn.Module | None) -> ComponentFacts:
     sizes = [[_nbytes(group[0].tensor) for group in unit.groups] for unit in units]
     inside = sum(sum(block) for block in sizes)
     blocks = tuple(image_bytes(block) for block in sizes)
-    return ComponentFacts(blocks, _all_bytes(module) - inside)
+    tensors = [group[0].tensor for unit in units for group in unit.groups]
+    bf16 = sum(_nbytes(tensor) for tensor in tensors if str(tensor.dtype) == "torch.bfloat16")
+    return ComponentFacts(blocks, _all_bytes(module) - inside, bf16)
 
 
 def _all_bytes(module: nn.Module) -> int:

@@ -130,20 +130,25 @@ def _dit(part: Part, expand_timesteps: bool | None) -> DitFacts:
     """By the formulas, with the weights as seen. Of other classes only the weights are known."""
     if part.weights is None:
         return dit_facts(part.config, expand_timesteps)
-    weights = {"block_bytes": part.weights.block_bytes, "other_bytes": part.weights.other_bytes}
+    seen = part.weights
+    weights: dict[str, Any] = {
+        "block_bytes": seen.block_bytes,
+        "other_bytes": seen.other_bytes,
+        "bf16_bytes": seen.bf16_bytes,
+    }
     if not knows_dit(class_name(part.config)):
-        return DitFacts(**weights)  # type: ignore[arg-type]
-    return replace(dit_facts(part.config, expand_timesteps), **weights)  # type: ignore[arg-type]
+        return DitFacts(**weights)
+    return replace(dit_facts(part.config, expand_timesteps), **weights)
 
 
 def _component(part: Part) -> ComponentFacts:
     if part.weights is None:
         return component_facts(part.config)
+    blocks, other = part.weights.block_bytes, part.weights.other_bytes
     try:
         known = component_facts(part.config)
     except ValueError:
-        return part.weights
-    blocks, other = part.weights.block_bytes, part.weights.other_bytes
+        return ComponentFacts(blocks, other)
     return replace(known, block_bytes=blocks, other_bytes=other)
 
 

@@ -8,7 +8,7 @@ the values at 0, 1 and 2 tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ALIGNMENT = 256
 """Bytes between which an image's tensors start: that of `wanoffload.image`, without torch."""
@@ -74,6 +74,22 @@ Sizes = list[int]
 def dense(inputs: int, outputs: int, bias: bool = True, each: int = BF16) -> Sizes:
     """A linear layer's weight and bias."""
     return [inputs * outputs * each, *([outputs * each] if bias else [])]
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Bytes of each tensor of one block, by dtype."""
+
+    bf16: Sizes
+    fp32: Sizes = field(default_factory=list)
+
+    @property
+    def image_bytes(self) -> int:
+        return image_bytes([*self.bf16, *self.fp32])
+
+    @property
+    def bf16_bytes(self) -> int:
+        return sum(self.bf16)
 
 
 def image_bytes(sizes: Iterable[int]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wanoffload.facts.tally import BF16, FP32, Sizes, dense
+from wanoffload.facts.tally import BF16, FP32, BlockSizes, Sizes, dense
 
 TEXT_TOKENS = 512
 """Wan's pipelines pad or cut the prompt to this length."""
@@ -84,13 +84,14 @@ def shape_of(config: Mapping[str, Any], token_timesteps: bool = False) -> WanSha
 # Weights.
 
 
-def block_sizes(s: WanShape) -> Sizes:
+def block_sizes(s: WanShape) -> BlockSizes:
     """Tensors of one block. In fp32: the modulation table, and norm2 (by diffusers' class)."""
     attention = [*dense(s.d, s.d) * 4, s.d * BF16, s.d * BF16]
     added = [*dense(s.added_dim, s.d) * 2, s.d * BF16] if s.added_dim is not None else []
     norm = [s.d * FP32] * 2 if s.cross_attn_norm else []
     feed_forward = [*dense(s.d, s.f), *dense(s.f, s.d)]
-    return [6 * s.d * FP32, *attention, *attention, *added, *norm, *feed_forward]
+    bf16 = [*attention, *attention, *added, *feed_forward]
+    return BlockSizes(bf16, [6 * s.d * FP32, *norm])
 
 
 def outer_sizes(s: WanShape) -> Sizes:

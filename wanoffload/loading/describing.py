@@ -44,6 +44,12 @@ _TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+
+
+def stored_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype; one that it does not know, its own name."""
+    return _NAMES.get(dtype, str(dtype))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from wanoffload import hooks
 from wanoffload.errors import DeviceMemoryError, HostMemoryError, PipelineError
+from wanoffload.facts.look import look
+from wanoffload.facts.model import ModelFacts
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import PINNED, HostChoice
 from wanoffload.loading.unread import Unread
@@ -72,7 +74,7 @@ class Enabled(hooks.Attached):
             for name, module in modules.items()
         }
         self._unread = tuple(unread)
-        self._model = model
+        self._model = look(model)  # once, before anything is moved
         self._mode = mode
         self._hardware = hardware
         self._choices = dict(choices)
@@ -89,7 +91,6 @@ class Enabled(hooks.Attached):
         Weights that are unread are read, whatever a size may change later.
         """
         plan = self._decide(workload)
-        self._model = plan.facts  # looked at once, before anything is moved
         wanted = self._treatments(plan)
         certain = wanted if workload is not None else self._certain(wanted)
         self._adopt(plan, workload, certain | {name: wanted[name] for name in self._unread})
@@ -104,7 +105,12 @@ class Enabled(hooks.Attached):
             self._undecided = False
 
     def _decide(self, workload: Workload | None) -> Plan:
-        return decide(self._model, workload, self._hardware, self._mode, self._choices)
+        return decide(self._facts(), workload, self._hardware, self._mode, self._choices)
+
+    def _facts(self) -> ModelFacts:
+        """With the form in which blocks stand now: to change it takes seconds."""
+        shares = [part.packed for part in self.components.values() if part.packed is not None]
+        return replace(self._model, packed=max(shares, default=None))
 
     def _treatments(self, plan: Plan) -> dict[str, Treatment]:
         return {name: treatment(plan, name) for name in self.components}

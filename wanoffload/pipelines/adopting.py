@@ -20,6 +20,7 @@ class Found:
     module: nn.Module
     runtime: Offloader
     prefetch: int
+    pack: float
 
     def give_back(self) -> Found:
         """Wrapped as it was: by the same runtime, or, if it was unwrapped since, by a new one."""
@@ -32,6 +33,7 @@ class Found:
             self.prefetch,
             device=self.runtime.device,
             host=self._host(),
+            pack=self.pack,
             verify=self.runtime.verify,
         )
         return replace(self, runtime=runtime)
@@ -48,7 +50,7 @@ def find_wrapped(module: nn.Module) -> Found | None:
     runtime = hooks.attached(module)
     if not isinstance(runtime, Offloader):
         return None
-    return Found(module, runtime, runtime.prefetch)
+    return Found(module, runtime, runtime.prefetch, runtime.pack)
 
 
 def why_not(module: nn.Module, device: torch.device, *, is_dit: bool) -> str | None:
@@ -68,6 +70,12 @@ def why_not(module: nn.Module, device: torch.device, *, is_dit: bool) -> str | N
     if runtime.device != device:
         return f"is wrapped already, for {runtime.device} and not for {device}"
     return None
+
+
+def packed(modules: Iterable[nn.Module]) -> bool | None:
+    """Whether wrapped transformers are packed; None: none is wrapped, or not all are alike."""
+    shares = {known.pack for known in map(find_wrapped, modules) if known is not None}
+    return bool(shares.pop()) if shares in ({0.0}, {1.0}) else None
 
 
 def blocks_ahead(modules: Iterable[nn.Module]) -> int | None:

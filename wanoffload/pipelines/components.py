@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
 import torch
@@ -40,7 +40,8 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a component is run. `prefetch`: of a streamed one, in blocks.
+    """How a component is run. `prefetch`: of a streamed one, in blocks. `pack`: of a streamed DiT,
+    the share of its blocks that is packed; None: nothing was said of it.
 
     Parked: the component goes to the device as a whole for its use. Streamed: a DiT's blocks pass
     through slots and the rest stays on the device; of an encoder, the rest goes to the device and
@@ -49,6 +50,7 @@ class Treatment:
 
     kind: str
     prefetch: int = 0
+    pack: float | None = None
 
 
 class Acted(Protocol):
@@ -70,6 +72,8 @@ class Acted(Protocol):
     def vae_cpu_offload(self) -> bool: ...
     @property
     def use_fsdp_inference(self) -> bool: ...
+    @property
+    def pack_share(self) -> float | None: ...
 
 
 def role(name: str) -> str:
@@ -100,7 +104,7 @@ def _dit(plan: Acted) -> Treatment:
         return Treatment(UNTOUCHED)
     if plan.dit_layerwise_offload:  # with dit_cpu_offload too: its weights start on the host
         assert plan.dit_offload_prefetch_size is not None
-        return Treatment(STREAMED, plan.dit_offload_prefetch_size)
+        return Treatment(STREAMED, plan.dit_offload_prefetch_size, plan.pack_share)
     return Treatment(PARKED if plan.dit_cpu_offload else RESIDENT)
 
 
@@ -175,6 +179,14 @@ class Component:
         return sum(image_bytes(group[0].tensor.nbytes for group in u.groups) for u in units)
 
     @property
+    def packed(self) -> float | None:
+        """The share of a streamed DiT's blocks that stands packed; None: it is not streamed."""
+        if role(self.name) != DIT or self.runtime is None:
+            return None
+        asked = self.treatment.pack if self.treatment is not None else None
+        return self.runtime.pack if asked is None else asked
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in _tensors([self.module]))
 
@@ -207,22 +219,23 @@ class Component:
         `host`: where a DiT's blocks stand, if it is streamed and was not before.
         """
         end = progress.n + self.bytes_to_move(wanted)
+        was_unread = self._unread is not None
         if self._unread is not None:
-            self._read(self._unread, wanted.prefetch, progress, host)
-        if self.runtime is not None and self._is_streamed_as(wanted):
+            self._read(self._unread, wanted, progress, host)
+        if self.runtime is not None and (was_unread or self._is_streamed_as(wanted)):
             self._keep_streaming(self.runtime, wanted.prefetch)
         else:
             self._let_go()
             self._begin(wanted, progress, host)
-        self.treatment = wanted
+        self.treatment = self._with_form_found(wanted)
         progress.update(end - progress.n)
 
     def _begin(self, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice) -> None:
         """From an ordinary module."""
         if wanted.kind == STREAMED and role(self.name) == DIT:
-            self._stream_dit(wanted.prefetch, progress, host)
+            self._stream_dit(wanted, progress, host)
         elif wanted.kind == STREAMED and (stack := find_stack(self.module)) is not None:
-            self._stream_encoder(stack, wanted.prefetch, progress)
+            self._stream_encoder(stack, wanted, progress)
         elif wanted.kind in (PARKED, STREAMED):
             if wanted.kind == STREAMED:
                 logger.info("%s moves as a whole: its blocks are less than half of it", self.name)
@@ -232,7 +245,16 @@ class Component:
 
     def _is_streamed_as(self, wanted: Treatment) -> bool:
         """Whether nothing but the prefetch differs."""
-        return self.runtime is not None and wanted.kind == STREAMED
+        if self.runtime is None or wanted.kind != STREAMED:
+            return False
+        if role(self.name) != DIT or (wanted.pack is None and self.treatment is None):
+            return True
+        return self.packed == (wanted.pack or 0.0)
+
+    def _with_form_found(self, wanted: Treatment) -> Treatment:
+        """Where nothing was said of packing, a cache file, or who wrapped it, may have decided."""
+        found = self.runtime.pack if self.runtime is not None else 0.0
+        return replace(wanted, pack=found) if wanted.pack is None and found else wanted
 
     def _keep_streaming(self, runtime: Offloader, prefetch: int) -> None:
         runtime.set_prefetch(prefetch)  # which also pauses it, until it is the tenant
@@ -240,7 +262,7 @@ class Component:
             self._come_with_forwards(runtime)
 
     def _read(
-        self, unread: Unread, prefetch: int, progress: tqdm[NoReturn], host: HostChoice
+        self, unread: Unread, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice
     ) -> None:
         """Reads the weights from their files into the images they are streamed from."""
         self._unread = None
@@ -248,20 +270,21 @@ class Component:
         self.runtime = wrapping.start(
             self.module,
             unread.weights(self.device),
-            prefetch,
+            wanted.prefetch,
             self.device,
             host=host,
             share=None if host.kind == DISK else unread.share,
+            pack=wanted.pack,
             verify=False,
             progress=progress,
             title="load",
         )
         self._streamed = self.module
 
-    def _stream_dit(self, prefetch: int, progress: tqdm[NoReturn], host: HostChoice) -> None:
+    def _stream_dit(self, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice) -> None:
         if self._was_read and host.kind == DISK:  # what came into memory since stays there
             host = HostChoice(AUTO, host.budget)
-        self._stream(self.module, prefetch, wrapping.MOVE, progress, host)
+        self._stream(self.module, wanted, wrapping.MOVE, progress, host)
         assert self.runtime is not None
         self._come_with_forwards(self.runtime)
 
@@ -269,21 +292,29 @@ class Component:
         tenant = StreamedTenant(runtime)
         runtime.before_forward = lambda: self.floor.enter(tenant)
 
-    def _stream_encoder(self, stack: nn.Module, prefetch: int, progress: tqdm[NoReturn]) -> None:
+    def _stream_encoder(
+        self, stack: nn.Module, wanted: Treatment, progress: tqdm[NoReturn]
+    ) -> None:
         check_wrappable(self.module)
-        self._stream(stack, prefetch, wrapping.LEAVE, progress, ANYWHERE)
+        self._stream(stack, wanted, wrapping.LEAVE, progress, ANYWHERE)
         self._park(progress)
 
     def _stream(
         self,
         module: nn.Module,
-        prefetch: int,
+        wanted: Treatment,
         rest: str,
         progress: tqdm[NoReturn],
         host: HostChoice,
     ) -> None:
         self.runtime = wrapping.stream(
-            module, prefetch, device=self.device, host=host, rest=rest, progress=progress
+            module,
+            wanted.prefetch,
+            device=self.device,
+            host=host,
+            pack=wanted.pack,
+            rest=rest,
+            progress=progress,
         )
         self._streamed = module
         self.runtime.pause()  # until it is the tenant

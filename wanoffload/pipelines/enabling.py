@@ -18,11 +18,12 @@ from wanoffload.host_tiers import AUTO, HostChoice
 from wanoffload.loading.unread import Unread
 from wanoffload.machine.hardware import Hardware
 from wanoffload.pipelines.acting import Enabled, within
-from wanoffload.pipelines.adopting import blocks_ahead, find_wrapped, why_not
+from wanoffload.pipelines.adopting import blocks_ahead, find_wrapped, packed, why_not
 from wanoffload.pipelines.components import role
 from wanoffload.pipelines.enabled_class import enabled_class, ordinary_class, state
 from wanoffload.pipelines.tenancy import installed
 from wanoffload.policy.choices import DIT
+from wanoffload.runtime import Offloader
 from wanoffload.units import foreign_hook
 from wanoffload.workload import Workload
 from wanoffload.wrapping import resolve_device
@@ -60,7 +61,8 @@ def enable(
             the device with its first forward and stays until `disable`. A transformer that is
             wrapped already keeps its images, where they are, and `verify` where the plan streams
             it, and its prefetch, as if `dit_offload_prefetch_size` had been chosen (of two that
-            differ, the larger; 0 becomes 1); where the plan does not stream it, it is unwrapped.
+            differ, the larger; 0 becomes 1), and stays packed or plain, as if `pack` had been;
+            where the plan does not stream it, it is unwrapped.
         mode, choices: as for `wanoffload.plan`.
         workload: what will be generated. If it is not given, what depends on it is decided at the
             first call of the pipeline, and again at a call of another size; only components whose
@@ -92,7 +94,7 @@ def enable(
     _check_module(pipe, target)
     modules = {DIT_NAME: pipe}
     machine = hardware or with_own_weights(Hardware.probe(target), modules.values())
-    choices = with_prefetch_found(choices, modules)
+    choices = with_choices_found(choices, modules)
     machine = within(machine, choice)
     enabled = Enabled(modules, facts or pipe, mode, machine, choices, target, choice)
     enabled.begin(workload)
@@ -119,7 +121,7 @@ def enable_pipeline(
     _check(pipe, device)
     modules = _modules(pipe)
     machine = within(hardware or with_own_weights(Hardware.probe(device), modules.values()), host)
-    choices = with_prefetch_found(choices, modules)
+    choices = with_choices_found(choices, modules)
     enabled = Enabled(modules, facts or pipe, mode, machine, choices, device, host, unread)
     enabled.begin(workload)
     pipe.__dict__[hooks.ATTRIBUTE] = enabled
@@ -159,7 +161,7 @@ def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardwar
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values()
     kept = host_memory.bytes_not_given_back(tensors)
     on_device = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
-    on_host = sum(tensor.nbytes for tensor in tensors) - kept
+    on_host = sum(tensor.nbytes for tensor in tensors) - kept - sum(map(_saved, wrapped))
     device, host = machine.device_memory, machine.host_memory
     return replace(
         machine,
@@ -168,16 +170,24 @@ def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardwar
     )
 
 
-def with_prefetch_found(
-    choices: dict[str, Any], modules: Mapping[str, nn.Module]
-) -> dict[str, Any]:
-    """The prefetch that transformers were wrapped with counts as chosen, unless one is chosen."""
-    name = "dit_offload_prefetch_size"
-    ahead = blocks_ahead(module for key, module in modules.items() if role(key) == DIT)
-    if ahead is None or choices.get(name) is not None:
-        return choices
-    logger.info("%s is %d: transformers were wrapped so", name, ahead)
-    return {**choices, name: ahead}
+def _saved(runtime: Offloader) -> int:
+    """Bytes that packing saves: packed weights are as large as plain ones to who looks at them."""
+    stats = runtime.stats()
+    return stats.plain_bytes - stats.host_bytes - stats.disk_bytes
+
+
+def with_choices_found(choices: dict[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """How transformers were wrapped counts as chosen, unless something else is chosen."""
+    dits = [module for key, module in modules.items() if role(key) == DIT]
+    found = {"dit_offload_prefetch_size": blocks_ahead(dits), "pack": packed(dits)}
+    kept = {
+        name: value
+        for name, value in found.items()
+        if value is not None and choices.get(name) is None
+    }
+    for name, value in kept.items():
+        logger.info("%s is %s: transformers were wrapped so", name, value)
+    return {**choices, **kept}
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:

@@ -22,8 +22,8 @@ from wanoffload.pipelines.components import STREAMED, treatment
 from wanoffload.pipelines.enabling import (
     check_component,
     enable_pipeline,
+    with_choices_found,
     with_own_weights,
-    with_prefetch_found,
 )
 from wanoffload.pipelines.pipeline_source import Dtype, find_source
 from wanoffload.policy.choices import check_mode
@@ -97,14 +97,16 @@ def load_pipeline(
         check_component(source.kind.__name__, name, module, target)
     machine = hardware or with_own_weights(Hardware.probe(target), source.modules.values())
     machine = within(machine, choice)
-    choices = with_prefetch_found(choices, source.modules)
+    choices = with_choices_found(choices, source.modules)
+    choices = without_packing_in_files(choices, choice, folder)
     in_files = choice.kind in (AUTO, DISK)
     known = facts or replace(source.facts(), blocks_in_files=in_files)
     plan = acting.decide(known, workload, machine, mode, choices)
     require_fit(plan, machine, choice)
     streamed = [n for n in source.transformers() if treatment(plan, n).kind == STREAMED]
     unread = {name: source.describe(name, folder, share) for name in streamed}
-    reasons = [why for each in unread.values() if (why := each.why_not_in_files()) is not None]
+    told = (each.why_not_in_files(bool(plan.pack_share)) for each in unread.values())
+    reasons = [why for why in told if why is not None]
     if reasons and choice.kind == DISK:
         raise WrapError(f"host='disk' is not to be had here: {reasons[0]}")
     if reasons and in_files:  # then the plan must do without
@@ -122,6 +124,15 @@ def load_pipeline(
             if isinstance(component, nn.Module) and name not in source.given:
                 _empty(component)
         raise
+
+
+def without_packing_in_files(
+    choices: dict[str, Any], host: HostChoice, cache: Path | None
+) -> dict[str, Any]:
+    """Blocks that are read from the checkpoint's own files are plain, unless the user insists."""
+    if host.kind != DISK or cache is not None or choices.get("pack") is True:
+        return choices
+    return {**choices, "pack": False}
 
 
 def check_way(

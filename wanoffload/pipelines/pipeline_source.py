@@ -21,7 +21,7 @@ from wanoffload.facts.model import ModelFacts
 from wanoffload.facts.modules import part_of, pipeline_name
 from wanoffload.facts.parts import is_relevant, model_facts
 from wanoffload.loading.checkpoint import Checkpoint
-from wanoffload.loading.describing import describe
+from wanoffload.loading.describing import describe, stored_name
 from wanoffload.loading.files import Hub
 from wanoffload.loading.unread import Unread
 from wanoffload.pipelines.components import role
@@ -150,7 +150,7 @@ class Source:
         seen = look_at_folder(
             Path(self.folder),
             without=[name for name in self.index if name not in taken],
-            itemsizes={name: size for name in taken if (size := self._itemsize(name)) is not None},
+            dtypes={name: dtype for name in taken if (dtype := self._dtype_name(name)) is not None},
         )
         own = {
             name: part_of(name, value)
@@ -223,11 +223,11 @@ class Source:
             return self.torch_dtype
         return self.torch_dtype.get(name, self.torch_dtype.get("default", torch.float32))
 
-    def _itemsize(self, name: str) -> int | None:
+    def _dtype_name(self, name: str) -> str | None:
         dtype = self._dtype(name)
         if dtype is None and self._taken()[name][0] == "diffusers":
-            return torch.float32.itemsize
-        return None if dtype is None else dtype.itemsize
+            dtype = torch.float32
+        return None if dtype is None else stored_name(dtype)
 
     def _variant(self, folder: str) -> str | None:
         """None: the component was saved without it, and is loaded as it is."""

@@ -13,6 +13,7 @@ DIT = "dit"
 AUXILIARY = ("text_encoder", "image_encoder", "vae")
 COMPONENTS = (DIT, *AUXILIARY)
 MODES = ("auto", "memory", "speed", "manual")
+AUTO = "auto"
 
 _GROUPS = {"default": AUXILIARY, "all": COMPONENTS}
 _FLAGS = (
@@ -30,7 +31,8 @@ class Choices:
     """The choices that were made, checked; None where none was.
 
     `dit_offload_prefetch_size` is as given: a count, or a ratio below 1 (see `blocks_ahead`).
-    `layerwise_offload_components` is in the order of COMPONENTS.
+    `layerwise_offload_components` is in the order of COMPONENTS. `pack` may be AUTO: to be decided,
+    in modes too that by themselves pack nothing.
     """
 
     dit_layerwise_offload: bool | None = None
@@ -42,6 +44,7 @@ class Choices:
     vae_cpu_offload: bool | None = None
     use_fsdp_inference: bool | None = None
     vram_budget: int | None = None
+    pack: bool | str | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Choices:
@@ -100,6 +103,10 @@ def _checked(name: str, value: Any) -> Any:
         return _components(value)
     if name == "vram_budget":
         return parse_bytes(value, name)
+    if name == "pack":
+        if not isinstance(value, bool) and value != AUTO:
+            raise ValueError(f"pack is True, False, 'auto' or None, not {value!r}")
+        return value
     return _prefetch(value)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
 from wanoffload.policy import cost, rules
-from wanoffload.policy.choices import AUXILIARY, DIT, Choices, blocks_ahead
+from wanoffload.policy.choices import AUTO, AUXILIARY, DIT, Choices, blocks_ahead
 from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Around, Candidate, Placement
 from wanoffload.policy.rules import Decision
 from wanoffload.sizes import gb
@@ -56,7 +57,7 @@ class Problem:
     def base(self) -> Placement:
         """What the base rules say."""
         if self.decision.dit_layerwise:
-            return Placement(STREAM, self.decision.prefetch)
+            return Placement(STREAM, self.decision.prefetch, self.decision.packed)
         return Placement(WHOLE if self.decision.dit_cpu_offload else RESIDENT)
 
 
@@ -68,13 +69,13 @@ class Considered:
     obstacle: str | None
 
 
-def consider(problem: Problem) -> list[Considered]:
-    """Every permitted placement with its verdict, that of the base rules first."""
+def consider(problem: Problem, placements: Iterable[Placement] | None = None) -> list[Considered]:
+    """Every permitted placement, or these, with its verdict; that of the base rules first."""
     machine, assumed = cost.with_assumed_rates(problem.limits)
     timed = not assumed or problem.limits.platform in rules.SUPPORTED_PLATFORMS
     facts = replace(problem.facts, dits=()) if problem.left_alone else problem.facts
     found = []
-    for placement in permitted(problem):
+    for placement in permitted(problem) if placements is None else placements:
         around = around_of(problem.decision, placement)
         candidate = cost.predict(facts, placement, around, problem.workload, machine)
         if problem.from_disk and placement.kind == STREAM:
@@ -88,10 +89,13 @@ def consider(problem: Problem) -> list[Considered]:
 def permitted(problem: Problem) -> list[Placement]:
     """Placements that no choice forbids, that of the base rules first."""
     kinds = open_kinds(problem)
-    others = [Placement(kind) for kind in (RESIDENT, WHOLE) if kind in kinds]
+    first, *more = forms(problem)
+    found = [problem.base, *(Placement(kind) for kind in (RESIDENT, WHOLE) if kind in kinds)]
     if STREAM in kinds:
-        others += [Placement(STREAM, depth) for depth in depths(problem)]
-    return list(dict.fromkeys([problem.base, *others]))
+        found += [Placement(STREAM, depth, first) for depth in depths(problem)]
+    streamed = [placement for placement in found if placement.kind == STREAM]
+    found += [replace(placement, packed=share) for share in more for placement in streamed]
+    return list(dict.fromkeys(found))
 
 
 def open_kinds(problem: Problem) -> tuple[str, ...]:
@@ -122,6 +126,27 @@ def depths(problem: Problem) -> tuple[int, ...]:
     if chosen is not None:
         return (blocks_ahead(chosen, rules.most_blocks(problem.facts)),)
     return (rules.DEFAULT_PREFETCH, ENOUGH)
+
+
+def forms(problem: Problem) -> list[float]:
+    """Shares of packed blocks to compare where the DiT is streamed, that of the rules first."""
+    facts, choices = problem.facts, problem.choices
+    if isinstance(choices.pack, bool):
+        return [float(choices.pack)]
+    settled = rules.why_plain(facts, problem.mode, choices, problem.limits.platform)
+    if settled is not None or problem.from_disk:  # the checkpoint's files hold plain blocks
+        return [0.0]
+    return all_forms(problem)
+
+
+def all_forms(problem: Problem) -> list[float]:
+    """Plain, as they stand already, as many packed as the link needs, all packed."""
+    shares = [0.0, problem.facts.packed]
+    if problem.workload is not None:
+        machine, _ = cost.with_assumed_rates(problem.limits)
+        shares.append(cost.share_needed(problem.facts, problem.workload, machine))
+    shares.append(1.0)
+    return list(dict.fromkeys(share for share in shares if share is not None))
 
 
 def components(decision: Decision, placement: Placement) -> list[str]:
@@ -167,13 +192,14 @@ def choose(problem: Problem, considered: list[Considered]) -> Candidate | None:
     if not usable:
         return None
     timed = all(candidate.step_seconds is not None for candidate in usable)
-    if not (problem.known and timed and problem.mode in rules.AUTOMATIC_MODES):
+    decides = problem.mode in rules.AUTOMATIC_MODES or problem.choices.pack == AUTO
+    if not (problem.known and timed and decides):
         return usable[0]  # the base rules' own if it fits, else the simplest
     if considered[0].obstacle is None and kept_from_streaming(problem):
         usable = [c for c in usable if c.placement.kind != STREAM]
-    if problem.mode == "auto":
-        fastest = min(seconds(candidate) for candidate in usable)
-        usable = [c for c in usable if seconds(c) <= fastest * EQUAL]
+    if problem.mode != "memory":
+        fastest = min(spent(problem, candidate) for candidate in usable)
+        usable = [c for c in usable if spent(problem, c) <= fastest * EQUAL]
     return min(usable, key=lambda c: (c.device_peak_bytes, c.device_weight_bytes, seconds(c)))
 
 
@@ -182,6 +208,17 @@ def kept_from_streaming(problem: Problem) -> bool:
     if rules.layerwise_chosen(problem.choices):
         return False
     return rules.why_not(problem.facts, problem.choices, problem.limits.platform) is not None
+
+
+def spent(problem: Problem, candidate: Candidate) -> float:
+    """Seconds a step. Blocks that stand on the host already in another form must be brought into
+    this one, which is spread over the steps of one generation."""
+    now, placement = problem.facts.packed, candidate.placement
+    if now is None or placement.kind != STREAM or placement.packed == now:
+        return seconds(candidate)
+    assert problem.workload is not None
+    change = cost.streaming_seconds(problem.facts, placement)
+    return seconds(candidate) + change / problem.workload.steps
 
 
 def seconds(candidate: Candidate) -> float:

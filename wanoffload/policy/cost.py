@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from wanoffload.facts.model import ComponentFacts, DitFacts, ModelFacts
 from wanoffload.host_tiers import READ_AHEAD_BYTES
 from wanoffload.machine.hardware import RATES, Hardware
+from wanoffload.policy import packed
 from wanoffload.workload import Workload
 
 RESIDENT = "resident"
@@ -59,15 +60,19 @@ class Placement:
     """A way to run the DiT.
 
     `kind`: RESIDENT, on the device; WHOLE, the DiT goes to the device for its use and back, one
-    expert at a time; STREAM, block by block, `prefetch` blocks ahead.
+    expert at a time; STREAM, block by block, `prefetch` blocks ahead, of which the share `packed`
+    is packed.
     """
 
     kind: str
     prefetch: int | None = None
+    packed: float = 0.0
 
     def __str__(self) -> str:
         if self.kind == STREAM:
-            return f"streamed, prefetch {self.prefetch}"
+            some = f"{100 * self.packed:.3g} % " if self.packed < 1 else ""
+            form = f", {some}packed" if self.packed else ""
+            return f"streamed, prefetch {self.prefetch}{form}"
         return {RESIDENT: "resident", WHOLE: "whole, to the device and back"}[self.kind]
 
 
@@ -85,8 +90,9 @@ class Candidate:
     """A placement with what it takes. Times are None where compute is not known.
 
     `device_peak_bytes`: weights and activations at the worst moment of a generation.
-    `device_weight_bytes`: of the DiT at most, slots included. `device_need_bytes`: the peak with
-    the stated reserve. `host_locked_bytes`: page-locked, of all components.
+    `device_weight_bytes`: of the DiT at most, slots and staging included. `device_need_bytes`: the
+    peak with the stated reserve. `host_locked_bytes`: page-locked, of all components.
+    `link_bytes`: of the DiT's weights that come over the link in each forward.
     """
 
     placement: Placement
@@ -96,6 +102,8 @@ class Candidate:
     device_need_bytes: int
     device_weight_bytes: int
     host_locked_bytes: int
+    link_bytes: int = 0
+    staging_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,8 @@ def predict(
         device_need_bytes=max(stage.need_bytes for stage in stages) + RESERVE_BYTES,
         device_weight_bytes=weights,
         host_locked_bytes=_locked(facts, placement, around),
+        link_bytes=_link_bytes(facts, placement),
+        staging_bytes=_staging(facts, placement),
     )
 
 
@@ -202,7 +212,17 @@ def _weights_while_denoising(facts: ModelFacts, placement: Placement) -> int:
         return max((dit.bytes for dit in facts.dits), default=0)
     assert placement.prefetch is not None
     slots = max((slots_bytes(dit, placement.prefetch) for dit in facts.dits), default=0)
-    return slots + sum(dit.other_bytes for dit in facts.dits)
+    return slots + _staging(facts, placement) + sum(dit.other_bytes for dit in facts.dits)
+
+
+def _staging(facts: ModelFacts, placement: Placement) -> int:
+    return max((packed.staging_bytes(dit, placement.packed) for dit in facts.dits), default=0)
+
+
+def _link_bytes(facts: ModelFacts, placement: Placement) -> int:
+    if placement.kind != STREAM:
+        return 0
+    return max((packed.link_bytes(dit, placement.packed) for dit in facts.dits), default=0)
 
 
 def _weights_between(facts: ModelFacts, placement: Placement) -> int:
@@ -260,20 +280,23 @@ def _image_activations(component: ComponentFacts, workload: Workload | None) -> 
 
 def _locked(facts: ModelFacts, placement: Placement, around: Around) -> int:
     """Host bytes that will be page-locked: everything that is streamed or parked, once."""
-    total = 0
-    if placement.kind == WHOLE:
-        total += sum(dit.bytes for dit in facts.dits)
-    elif placement.kind == STREAM:
-        total += sum(sum(dit.block_bytes) for dit in facts.dits)
-    for _, component, how in _auxiliary(facts, around):
-        total += component.bytes if how != RESIDENT else 0
-    return total
+    streamed = 0
+    if placement.kind == STREAM:
+        streamed = sum(packed.host_bytes(dit, placement.packed) for dit in facts.dits)
+    return streamed + _parked(facts, placement, around)
+
+
+def _parked(facts: ModelFacts, placement: Placement, around: Around) -> int:
+    """Bytes of what waits on the host, blocks of the DiTs left out if these are streamed."""
+    whole = sum(dit.bytes for dit in facts.dits) if placement.kind == WHOLE else 0
+    others = (c.bytes for _, c, how in _auxiliary(facts, around) if how != RESIDENT)
+    return whole + sum(others)
 
 
 def from_disk(candidate: Candidate, facts: ModelFacts) -> Candidate:
     """A streamed candidate whose blocks are read from disk for each use, as few on the host as
     can be. How long that takes is not predicted."""
-    blocks = sum(sum(dit.block_bytes) for dit in facts.dits)
+    blocks = sum(packed.host_bytes(dit, candidate.placement.packed) for dit in facts.dits)
     locked = candidate.host_locked_bytes - blocks + min(blocks, READ_AHEAD_BYTES)
     return replace(candidate, step_seconds=None, host_locked_bytes=locked)
 
@@ -316,7 +339,21 @@ def _forward(
     if placement.kind != STREAM:
         return compute
     assert placement.prefetch is not None
-    return _streamed(compute, _link_seconds(sum(dit.block_bytes), machine), placement.prefetch)
+    compute += packed.decode_seconds(dit, placement.packed, machine)
+    copy = packed.copy_seconds(dit, placement.packed, machine)
+    return _streamed(compute, copy, placement.prefetch)
+
+
+def share_needed(facts: ModelFacts, workload: Workload, machine: Hardware) -> float | None:
+    """The share of packed blocks with which the link binds no longer; None: not known."""
+    tokens = facts.tokens(workload)
+    shares = []
+    for dit in facts.dits:
+        alone = forward_seconds(dit, tokens, machine)
+        if alone is None:
+            return None
+        shares.append(packed.share_needed(dit, workload.videos * alone, machine))
+    return max(shares, default=0.0)
 
 
 def _streamed(compute: float, copy: float, prefetch: int) -> float:
@@ -336,9 +373,18 @@ def _start_seconds(
     facts: ModelFacts, placement: Placement, around: Around, machine: Hardware
 ) -> float:
     """Seconds to set up from ordinary host memory: page-locking, and copies to the device."""
-    locked = _locked(facts, placement, around)
     moved = _standing(facts, around)
     if placement.kind == RESIDENT:
         moved += sum(dit.bytes for dit in facts.dits)
     pageable = _rate(machine.pageable_gb_per_s)
-    return locked / (LOCK_GB_PER_S * 1e9) + moved / (pageable * 1e9)
+    parked = _parked(facts, placement, around)
+    streaming = streaming_seconds(facts, placement)
+    return streaming + parked / (LOCK_GB_PER_S * 1e9) + moved / (pageable * 1e9)
+
+
+def streaming_seconds(facts: ModelFacts, placement: Placement) -> float:
+    """Seconds to bring the blocks of the DiTs into the form in which they are streamed."""
+    if placement.kind != STREAM:
+        return 0.0
+    setup = sum(packed.setup_bytes(dit, placement.packed) for dit in facts.dits)
+    return setup / (LOCK_GB_PER_S * 1e9)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from wanoffload.policy.choices import AUXILIARY
 from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Placement
+from wanoffload.policy.rules import most_blocks
 from wanoffload.sizes import gb
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ CHOICES = (
     "vae_cpu_offload",
     "use_fsdp_inference",
     "vram_budget",
+    "pack",
 )
 PREDICTIONS = ("step_seconds", "start_seconds", "device_peak_bytes", "host_locked_bytes")
 
@@ -38,6 +40,7 @@ def text(plan: Plan) -> str:
             "",
             *_table([(f"{n} = {_value(plan, n)}", plan.reasons[n]) for n in CHOICES]),
             *_predictions(plan),
+            *_forms(plan),
             *_considered(plan),
         ]
     )
@@ -53,19 +56,23 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "summary": _sentence(plan),
         "choices": {name: getattr(plan, name) for name in CHOICES},
         "reasons": dict(plan.reasons),
+        "pack_share": plan.pack_share,
         "predictions": {name: getattr(plan, name) for name in PREDICTIONS},
         "fits": plan.fits,
         "messages": list(plan.messages),
-        "considered": [
-            {**asdict(each.candidate), "obstacle": each.obstacle} for each in plan.considered
-        ],
+        "forms": _as_values(plan.forms),
+        "considered": _as_values(plan.considered),
     }
+
+
+def _as_values(found: Iterable[Considered]) -> list[dict[str, Any]]:
+    return [{**asdict(each.candidate), "obstacle": each.obstacle} for each in found]
 
 
 def taken(plan: Plan) -> Placement:
     """How the plan runs the DiT."""
     if plan.dit_layerwise_offload:
-        return Placement(STREAM, plan.dit_offload_prefetch_size)
+        return Placement(STREAM, plan.dit_offload_prefetch_size, plan.pack_share or 0.0)
     return Placement(WHOLE if plan.dit_cpu_offload else RESIDENT)
 
 
@@ -102,7 +109,16 @@ def _of_the_dit(plan: Plan) -> str:
         WHOLE: "waits on the host and is on the device while it runs",
         STREAM: f"is streamed block by block, {plan.dit_offload_prefetch_size} ahead",
     }
-    return f"The DiT {how[taken(plan).kind]}"
+    form = f", {form_name(plan, plan.pack_share)}" if plan.pack_share else ""
+    return f"The DiT {how[taken(plan).kind]}{form}"
+
+
+def form_name(plan: Plan, share: float) -> str:
+    """How blocks stand on the host, of which this share is packed."""
+    if not share:
+        return "plain"
+    blocks = most_blocks(plan.facts)
+    return "packed" if share == 1 else f"{round(share * blocks)} of {blocks} blocks packed"
 
 
 def _offloaded(plan: Plan, name: str) -> bool:
@@ -137,6 +153,29 @@ def _predictions(plan: Plan) -> list[str]:
     if plan.start_seconds is not None:
         parts.append(f"{plan.start_seconds:.2g} s to set up")
     return ["", "Predicted: " + ", ".join(parts) + "."] if parts else []
+
+
+def _forms(plan: Plan) -> list[str]:
+    """The plan with plain blocks and with packed ones."""
+    if not plan.forms:
+        return []
+    rows = [
+        (form_name(plan, each.candidate.placement.packed), _form(plan, each)) for each in plan.forms
+    ]
+    return ["", "Plain or packed:", *_table(rows)]
+
+
+def _form(plan: Plan, each: Considered) -> str:
+    candidate = each.candidate
+    parts = [f"{gb(candidate.link_bytes)} over the link a forward"]
+    if candidate.step_seconds is not None:
+        parts.append(f"{candidate.step_seconds:.4g} s a step")
+    parts.append(f"{gb(candidate.host_locked_bytes)} page-locked")
+    if candidate.staging_bytes:
+        parts.append(f"{gb(candidate.staging_bytes)} of staging on the device")
+    is_taken = candidate.placement == taken(plan)
+    verdict = each.obstacle or ("taken" if is_taken else "fits")
+    return f"{', '.join(parts)}: {verdict}"
 
 
 def _considered(plan: Plan) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from wanoffload.facts.look import look
 from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
-from wanoffload.policy import compare, cost, remedies, rules
+from wanoffload.policy import compare, cost, forms, remedies, rules
 from wanoffload.policy.choices import Choices, check_mode
 from wanoffload.policy.compare import EQUAL, Considered, Problem, seconds
 from wanoffload.policy.cost import STREAM, WHOLE, Candidate
@@ -35,6 +35,11 @@ class Plan:
     the worst moment of a generation), `host_locked_bytes`. `fits` is False if no permitted plan
     fits; `messages` say what gives way and what does not fit; `reasons` names for each choice the
     rule that set it; `considered` are the candidates that were compared.
+
+    `pack` says whether blocks of the DiT stand packed on the host, `pack_share` which part of them,
+    evenly spread; None: none, without a choice (a cache file may hold them packed all the same).
+    `forms` are the plan with plain blocks, with packed ones, and with some packed, each with its
+    predictions; none where the DiT is not streamed.
     """
 
     mode: str
@@ -50,6 +55,8 @@ class Plan:
     vae_cpu_offload: bool
     use_fsdp_inference: bool
     vram_budget: int | None
+    pack: bool
+    pack_share: float | None
     step_seconds: float | None
     start_seconds: float | None
     device_peak_bytes: int | None
@@ -58,6 +65,7 @@ class Plan:
     reasons: Mapping[str, str]
     messages: tuple[str, ...] = ()
     considered: tuple[Considered, ...] = field(default=(), repr=False)
+    forms: tuple[Considered, ...] = field(default=(), repr=False)
 
     def explain(self) -> str:
         """The plan in plain text: what was decided, by which rule, and what was compared."""
@@ -93,7 +101,9 @@ def plan(
         choices: `dit_layerwise_offload`, `dit_cpu_offload`, `layerwise_offload_components`,
             `dit_offload_prefetch_size`, `text_encoder_cpu_offload`, `image_encoder_cpu_offload`,
             `vae_cpu_offload`, `use_fsdp_inference`, `vram_budget` (bytes or text: what the DiT's
-            weights may take on the device). None is the same as not given.
+            weights may take on the device), `pack` (True, False, or "auto": packed where the link
+            binds or host memory is short; modes "auto" and "memory" do so by themselves). None is
+            the same as not given.
 
     Returns:
         A plan. If nothing that is permitted fits, `fits` is False and `messages` have the numbers.
@@ -118,11 +128,12 @@ def plan(
         if taken is not None and taken.placement.kind == STREAM:
             decision.messages.append(FROM_DISK)
     _say_assumed(problem, considered[0].candidate)
+    if taken is not None and taken.placement != problem.base:
+        _say_overruled(problem, considered, taken)
+    forms.say(problem, considered, taken or considered[0].candidate)
     if taken is None:
         taken = considered[0].candidate
         decision.messages.append(_nothing_fits(problem, considered))  # the last: enable raises it
-    elif taken.placement != problem.base:
-        _say_overruled(problem, considered[0], taken)
     return _write(problem, taken, considered)
 
 
@@ -141,12 +152,17 @@ def _say_assumed(problem: Problem, candidate: Candidate) -> None:
         )
 
 
-def _say_overruled(problem: Problem, base: Considered, taken: Candidate) -> None:
+def _say_overruled(problem: Problem, considered: list[Considered], taken: Candidate) -> None:
     """Reasons for what the cost model decided in place of a rule."""
     reasons, choices = problem.decision.reasons, problem.choices
-    why = f"{taken.placement}; {_why(problem, base, taken)}"
-    streamed_by_rule = base.candidate.placement.kind == STREAM
+    streamed_by_rule = problem.base.kind == STREAM
     streamed = taken.placement.kind == STREAM
+    base = considered[0]
+    if streamed_by_rule and streamed:
+        if taken.placement.prefetch == problem.base.prefetch:
+            return  # the form alone differs: `forms.say` tells of it
+        base = forms.like(base, considered, taken.placement.packed)
+    why = f"{taken.placement}; {_why(problem, base, taken)}"
     if streamed_by_rule and streamed:
         _overrule(reasons, "dit_offload_prefetch_size", why)
     elif streamed_by_rule != streamed:
@@ -205,7 +221,8 @@ def _times(base: Candidate, taken: Candidate) -> str:
 
 
 def _nothing_fits(problem: Problem, considered: list[Considered]) -> str:
-    found = "; ".join(f"{c.candidate.placement}: {c.obstacle}" for c in considered)
+    told = [c for c in considered if c.candidate.placement.packed in (0, 1)]
+    found = "; ".join(f"{c.candidate.placement}: {c.obstacle}" for c in told)
     budget = problem.choices.vram_budget
     least = min(c.candidate.device_weight_bytes for c in considered)
     if budget is not None and least > budget:
@@ -223,12 +240,14 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
     whole = sized and not problem.left_alone
     made = problem.choices.made("vram_budget")
     decision.reasons["vram_budget"] = rules.CHOSEN if made else "not chosen"
+    streamed = placement.kind == STREAM
+    settled = streamed and isinstance(problem.choices.pack, bool)
     return Plan(
         mode=problem.mode,
         facts=facts,
         workload=problem.workload,
         hardware=problem.hardware,
-        dit_layerwise_offload=placement.kind == STREAM,
+        dit_layerwise_offload=streamed,
         dit_cpu_offload=decision.dit_cpu_offload or placement.kind == WHOLE,
         dit_offload_prefetch_size=placement.prefetch,
         layerwise_offload_components=compare.components(decision, placement),
@@ -237,6 +256,8 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
         vae_cpu_offload=decision.coarse["vae"],
         use_fsdp_inference=decision.fsdp,
         vram_budget=problem.choices.vram_budget,
+        pack=placement.packed > 0,
+        pack_share=placement.packed if placement.packed or settled else None,
         step_seconds=taken.step_seconds if timed else None,
         start_seconds=taken.start_seconds if whole and problem.hardware is not None else None,
         device_peak_bytes=taken.device_peak_bytes if whole and problem.workload else None,
@@ -245,4 +266,5 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
         reasons=MappingProxyType(decision.reasons),
         messages=tuple(decision.messages),
         considered=tuple(considered),
+        forms=tuple(forms.of_the_same(problem, placement)) if whole else (),
     )

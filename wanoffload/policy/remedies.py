@@ -17,6 +17,7 @@ _OF_THE_DIT = (
     "layerwise_offload_components",
     "dit_offload_prefetch_size",
     "vram_budget",
+    "pack",
 )
 _COARSE = tuple(f"{name}_cpu_offload" for name in AUXILIARY)
 
@@ -71,8 +72,10 @@ def _changed(problem: Problem) -> Iterator[tuple[list[str], Problem]]:
 
 
 def _other_choices(choices: Choices) -> Iterator[tuple[list[str], Choices]]:
-    """As they are, with the text encoder kept on the device, and with what was chosen left out."""
+    """As they are; packed; with the text encoder kept on the device; what was chosen left out."""
     yield [], choices
+    if choices.pack is None:
+        yield ["pack=True"], replace(choices, pack=True)
     yield ["text_encoder_cpu_offload=False"], replace(choices, text_encoder_cpu_offload=False)
     made = [name for name in (*_OF_THE_DIT, *_COARSE) if choices.made(name)]
     if made:

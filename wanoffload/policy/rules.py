@@ -9,22 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from wanoffload.facts.model import WAN, ModelFacts
-from wanoffload.policy.choices import AUXILIARY, DIT, Choices, blocks_ahead
+from wanoffload.policy.choices import AUTO, AUXILIARY, DIT, Choices, blocks_ahead
 
 DEFAULT_PREFETCH = 2
 SUPPORTED_PLATFORMS = ("cuda",)
 AUTOMATIC_MODES = ("auto", "memory")
 CHOSEN = "chosen"
+NOT_STREAMED = "rule 9: the DiT is not streamed"
+PLAIN_WHILE_UNKNOWN = "rule 9: plain, while size or machine are unknown"
 
 
 @dataclass
 class Decision:
-    """What was decided, and why; `reasons` has one for each choice, `messages` go to the log."""
+    """What was decided, and why; `reasons` has one for each choice, `messages` go to the log.
+
+    `packed`: the share of the DiT's blocks that is packed.
+    """
 
     dit_layerwise: bool = False
     dit_cpu_offload: bool = False
     components: list[str] = field(default_factory=list)
     prefetch: int | None = None
+    packed: float = 0.0
     coarse: dict[str, bool] = field(default_factory=dict)
     fsdp: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
@@ -38,6 +44,7 @@ def decide(facts: ModelFacts, mode: str, choices: Choices, platform: str) -> Dec
     decide_dit(decision, facts, mode, choices, platform)
     decide_components(decision, mode, choices, platform)
     decide_prefetch(decision, facts, mode, choices)
+    decide_packing(decision, facts, mode, choices, platform)
     decide_coarse(decision, choices)
     return decision
 
@@ -185,6 +192,42 @@ def no_effect(prefetch: float, decision: Decision) -> str:
         f"dit_offload_prefetch_size={prefetch:g} has no effect: the DiT is not streamed "
         f"({decision.reasons['dit_layerwise_offload']})"
     )
+
+
+def decide_packing(
+    decision: Decision, facts: ModelFacts, mode: str, choices: Choices, platform: str
+) -> None:
+    """Rule 9: whether the DiT's blocks are packed. Where that is open, the cost model decides."""
+    reasons, chosen = decision.reasons, choices.pack
+    if not decision.dit_layerwise:
+        reasons["pack"] = NOT_STREAMED
+    elif isinstance(chosen, bool):
+        decision.packed = float(chosen)
+        reasons["pack"] = CHOSEN
+    else:
+        settled = why_plain(facts, mode, choices, platform)
+        reasons["pack"] = settled or PLAIN_WHILE_UNKNOWN
+
+
+def no_packing(decision: Decision, choices: Choices) -> None:
+    """The DiT is not streamed, whoever decided that: a message if it was to be packed."""
+    decision.reasons["pack"] = NOT_STREAMED
+    if choices.pack is True:
+        decision.messages.append(
+            "pack=True has no effect: the DiT is not streamed "
+            f"({decision.reasons['dit_layerwise_offload']})"
+        )
+
+
+def why_plain(facts: ModelFacts, mode: str, choices: Choices, platform: str) -> str | None:
+    """Rule 9: what keeps blocks from being packed where it was not chosen; None: it is open."""
+    asked = mode in AUTOMATIC_MODES or choices.pack == AUTO
+    conditions = (
+        (not asked, f"mode {mode!r} packs nothing by itself"),
+        (platform not in SUPPORTED_PLATFORMS, f"platform {platform} is not supported"),
+        (not any(dit.bf16_bytes for dit in facts.dits), "plain, none of the blocks is bf16"),
+    )
+    return next((f"rule 9: {text}" for held, text in conditions if held), None)
 
 
 def most_blocks(facts: ModelFacts) -> int:
