@@ -14,14 +14,14 @@ from torch import nn
 import wanoffload
 from tests.small_models import MODELS
 from tests.test_checkpoint import save
-from wanoffload import packing, placing
+from wanoffload import packing, placing, wrapping
 from wanoffload._C import HostBackend, HostImage, HostStore, Image, PackedImage
 from wanoffload.device_packing import DevicePacking
 from wanoffload.image import ImageLayout, lay_out, leave_unlocked
 from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
 from wanoffload.loading.stored_weights import StoredWeights
-from wanoffload.packing import HostPacking, pack_on_host
+from wanoffload.packing import pack_on_host
 from wanoffload.runtime import SlotMemory, backend_for
 from wanoffload.units import Unit, find_units
 from wanoffload.weights import OwnTensors, Weights
@@ -203,13 +203,8 @@ def test_a_failure_ends_every_transfer_from_the_models_tensors() -> None:
     assert world.store.mapped_bytes == 0
 
 
-def test_a_wrap_that_packs_on_the_device_is_the_one_that_packs_on_the_host(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The whole way, with the kernels in the place of the CPU's packer."""
-    model = KIND.make()
-    images = expected_of(KIND.make())
-    made = []
+def packing_by(monkeypatch: pytest.MonkeyPatch, made: list[DevicePacking]) -> None:
+    """The kernels take the place of the CPU's packer."""
 
     def make(self: placing.Placing, device: torch.device, slots: SlotMemory) -> DevicePacking:
         todo = list(zip(self._units, self._layouts, strict=True))
@@ -218,9 +213,45 @@ def test_a_wrap_that_packs_on_the_device_is_the_one_that_packs_on_the_host(
 
     monkeypatch.setattr(placing.Placing, "_make_packing", make)
     monkeypatch.setattr(packing, "Packer", None)  # calling it would fail
+
+
+def test_a_wrap_that_fails_while_it_packs_on_the_device_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = HostBackend()
+    monkeypatch.setattr(wrapping, "backend_for", lambda _: backend)
+    made: list[DevicePacking] = []
+    packing_by(monkeypatch, made)
+    real = DevicePacking._bring_home
+    calls = 0
+
+    def bring_home(self: DevicePacking, *given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        real(self, *given)
+
+    monkeypatch.setattr(DevicePacking, "_bring_home", bring_home)
+    model = KIND.make()
+    with pytest.raises(KeyboardInterrupt):
+        wanoffload.wrap(model, device="cpu", pack=True)
+    gc.collect()
+    assert backend.locked_bytes == 0  # the ring's, too
+    for name, value in KIND.make().state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_wrap_that_packs_on_the_device_is_the_one_that_packs_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The whole way, with the kernels in the place of the CPU's packer."""
+    model = KIND.make()
+    images = expected_of(KIND.make())
+    made: list[DevicePacking] = []
+    packing_by(monkeypatch, made)
     wanoffload.wrap(model, device="cpu", pack=True)
     assert len(made) == 1
-    assert HostPacking is not type(made[0])
     for binding, expected in zip(wanoffload.offloader(model).bindings, images, strict=True):
         assert isinstance(binding.image, PackedImage)
         assert bytes(memoryview(binding.stored)) == expected  # type: ignore[arg-type]

@@ -440,6 +440,45 @@ def test_too_little_memory_for_one_more_block_is_told_of_in_time(
     assert_ordinary(model)
 
 
+def only_free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: host_memory.RESERVE + nbytes)
+
+
+def test_memory_for_a_units_plain_image_is_asked_for_before_anything_moves(
+    monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    """A unit is there twice, and once more: its tensors, what is packed, and into what."""
+    model = KIND.make()
+    pointers = [p.data_ptr() for p in model.parameters()]
+    plain = wanoffload.offloader(wrap()).stats().plain_bytes // 3
+    only_free(monkeypatch, 2 * plain - 1)
+    with pytest.raises(wanoffload.HostMemoryError, match="wrapping WanTransformer3DModel"):
+        wrap(model, host="pinned")
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    only_free(monkeypatch, 2 * plain)
+    assert_right(wrap(model, host="pinned"))
+
+
+def test_auto_leaves_room_for_a_units_plain_image(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less and less memory one block after the other is on disk, and never is it an error
+    before all are."""
+    monkeypatch.setattr("wanoffload.host_tiers.RING_BYTES", 8)
+    monkeypatch.setattr("wanoffload.host_tiers.READ_AHEAD_BYTES", 8)
+    monkeypatch.setattr(wrapping, "NOT_LOCKED", 0.0)
+    found = []
+    for free in range(900_000, 100_000, -4096):
+        only_free(monkeypatch, free)
+        try:
+            model = load(folder, cache=tmp_path / "file", host="auto")
+        except wanoffload.HostMemoryError:
+            break
+        found.append(wanoffload.offloader(model).tiers.count("disk"))
+    assert sorted(set(found)) == [0, 1, 2, 3]
+    assert found == sorted(found)
+
+
 # What can't be
 
 

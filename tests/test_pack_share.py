@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import wanoffload
 from tests.peers import Peer, State, is_kept_waiting, mapped_arenas
@@ -80,6 +82,26 @@ def test_the_room_that_packed_blocks_leave_takes_no_memory(
     (memory,) = shared_memory.find(name)
     header = 16 << 10
     assert held.host_bytes <= memory.filled_bytes() <= held.host_bytes + 4096 * 5 + header
+
+
+def wrap_hard(state: State, name: str) -> np.ndarray:
+    """A model of random bits, which packed takes more than plain. Its output."""
+    torch.manual_seed(3)
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3))
+    for block in model.blocks:
+        bits = torch.randint(0, 0x4000, block.weight.shape, dtype=torch.int16)
+        block.weight = nn.Parameter(bits.view(torch.bfloat16), requires_grad=False)
+    state["model"] = wanoffload.wrap(model, device="cpu", share=name, pack=True)
+    return np.stack([block.weight.float().numpy().copy() for block in model.blocks])
+
+
+def test_blocks_that_packed_take_more_than_plain_have_room(peers: list[Peer], name: str) -> None:
+    first, second = (peer.run(wrap_hard, name) for peer in peers[:2])
+    assert np.array_equal(first, second)
+    held, *_ = peers[1].run(stats)
+    assert held.host_bytes > held.plain_bytes
+    assert len(shared_memory.find(name)) == 1
 
 
 def test_plain_and_packed_images_are_not_shared(
