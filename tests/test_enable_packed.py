@@ -24,7 +24,7 @@ from tests.test_pipeline import (
     values,
 )
 from wanoffload import Hardware, Workload, disable, enable, offloader
-from wanoffload.pipelines import acting, components
+from wanoffload.pipelines import acting, components, pipeline_source
 from wanoffload.pipelines.components import STREAMED
 from wanoffload.pipelines.enabling import plan_of, with_own_weights
 
@@ -98,10 +98,11 @@ def test_encoders_are_not_packed(planned) -> None:
 
 
 def by_height(workload: Workload | None) -> Any:
-    """Packed at 48, nothing said at 32, another prefetch at 64, a part at 80."""
+    """Packed at 48, plain at 32, another prefetch at 64, a part at 80, nothing said at 96."""
     plans = {
         48: PACKING,
-        32: STREAMING,
+        32: replace(STREAMING, pack_share=0.0),
+        96: STREAMING,
         64: replace(PACKING, dit_offload_prefetch_size=2),
         80: replace(STREAMING, pack_share=1 / 3),
     }
@@ -149,6 +150,15 @@ def test_the_plan_is_told_in_which_form_blocks_stand(
         seen.clear()
         KIND.run(pipe, height=height)
     assert seen == [pytest.approx(1 / 3)]
+
+
+def test_where_nothing_is_said_packed_blocks_stay_where_they_are(planned) -> None:
+    planned(by_height)
+    pipe, _ = enabled()
+    KIND.run(pipe, height=48)
+    before = [images(expert) for expert in experts(pipe)]
+    KIND.run(pipe, height=96)
+    assert [images(expert) for expert in experts(pipe)] == before
 
 
 def test_a_real_plan_packs_where_the_link_binds_and_says_so(
@@ -271,8 +281,14 @@ def test_what_is_read_from_the_checkpoints_own_files_stays_plain(saved: Any) -> 
     assert plan_of(ours).pack_share == 0.0
     assert all(set(runtime.tiers) == {"disk"} for runtime in runtimes(ours))
     assert packed_units(ours) == NONE
-    with pytest.raises(wanoffload.WrapError, match="host='disk'"):
-        load_it(saved("a14b"), host="disk", pack=True, **slow, **STREAM)
+
+
+def test_packed_blocks_in_the_checkpoints_own_files_are_refused_before_anything_is_loaded(
+    saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(pipeline_source.Source, "assemble")
+    with pytest.raises(wanoffload.WrapError, match="host='disk' is not to be had here"):
+        load_it(saved("a14b"), host="disk", pack=True, workload=Workload(32, 32, 5), **STREAM)
 
 
 def test_a_transformer_alone_is_packed_as_planned() -> None:

@@ -240,6 +240,7 @@ def test_packed_in_memory_is_taken_before_plain_on_disk() -> None:
     short, _ = decided(in_files, LARGE, card("24GiB", host="32GB"))
     assert (short.fits, short.pack, short.step_seconds) == (True, False, None)
     assert short.reasons["pack"] == "rule 9: plain, as in the files"
+    assert {each.candidate.placement.packed for each in short.considered} == {0.0}
     chosen, found = decided(in_files, LARGE, card("24GiB", host="32GB"), pack=True)
     assert (chosen.fits, found.packed) == (True, 1.0)
 
@@ -298,9 +299,28 @@ def test_blocks_are_brought_into_another_form_where_one_generation_gains_by_it()
     few = seen_before(0.0, replace(SMALL, steps=10))
     assert few.pack_share is None
     assert "plain, as they stand already" in few.reasons["pack"]
-    assert seen_before(1.0, replace(MEDIUM, steps=10_000)).pack_share is None
+    assert seen_before(1.0, replace(MEDIUM, steps=10_000)).pack_share == 0.0
     needed = cost.share_needed(A14B, NEAR, card(None))
     assert seen_before(0.25, replace(NEAR, steps=1000)).pack_share == needed
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_what_stands_packed_stays_so_where_nothing_decides(share: float) -> None:
+    facts = replace(A14B, packed=share)
+    streamed: dict[str, Any] = {"dit_layerwise_offload": True}
+    cpu = Hardware(platform="cpu")
+    for made in (
+        plan(facts),
+        plan(facts, None, card("24GiB")),
+        plan(facts, LARGE, card("24GiB"), mode="manual", **streamed),
+        plan(facts, LARGE, cpu, **streamed),
+    ):
+        assert made.pack_share == share
+        assert made.reasons["pack"] == "rule 9: as the blocks stand already"
+        assert not any("packed" in message for message in made.messages)
+    assert plan(facts, pack=False).pack_share == 0.0
+    resident = plan(facts, SMALL, card("141GiB"))
+    assert (resident.pack, resident.pack_share) == (False, None)
 
 
 def test_packing_that_the_host_needs_is_done_whatever_it_takes() -> None:

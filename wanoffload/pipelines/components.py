@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 import torch
@@ -227,7 +227,7 @@ class Component:
         else:
             self._let_go()
             self._begin(wanted, progress, host)
-        self.treatment = self._with_form_found(wanted)
+        self.treatment = wanted
         progress.update(end - progress.n)
 
     def _begin(self, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice) -> None:
@@ -247,14 +247,7 @@ class Component:
         """Whether nothing but the prefetch differs."""
         if self.runtime is None or wanted.kind != STREAMED:
             return False
-        if role(self.name) != DIT or (wanted.pack is None and self.treatment is None):
-            return True
-        return self.packed == (wanted.pack or 0.0)
-
-    def _with_form_found(self, wanted: Treatment) -> Treatment:
-        """Where nothing was said of packing, a cache file, or who wrapped it, may have decided."""
-        found = self.runtime.pack if self.runtime is not None else 0.0
-        return replace(wanted, pack=found) if wanted.pack is None and found else wanted
+        return role(self.name) != DIT or wanted.pack in (None, self.packed)
 
     def _keep_streaming(self, runtime: Offloader, prefetch: int) -> None:
         runtime.set_prefetch(prefetch)  # which also pauses it, until it is the tenant

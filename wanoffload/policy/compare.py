@@ -133,15 +133,16 @@ def forms(problem: Problem) -> list[float]:
     facts, choices = problem.facts, problem.choices
     if isinstance(choices.pack, bool):
         return [float(choices.pack)]
-    settled = rules.why_plain(facts, problem.mode, choices, problem.limits.platform)
+    settled = rules.why_settled(facts, problem.mode, choices, problem.limits.platform)
+    as_it_is = facts.packed or 0.0
     if settled is not None or problem.from_disk:  # the checkpoint's files hold plain blocks
-        return [0.0]
-    return all_forms(problem)
+        return [as_it_is]
+    return list(dict.fromkeys([as_it_is, *all_forms(problem)]))
 
 
 def all_forms(problem: Problem) -> list[float]:
     """Plain, as they stand already, as many packed as the link needs, all packed."""
-    shares = [0.0, problem.facts.packed]
+    shares: list[float | None] = [0.0]
     if problem.workload is not None:
         machine, _ = cost.with_assumed_rates(problem.limits)
         shares.append(cost.share_needed(problem.facts, problem.workload, machine))

@@ -37,13 +37,17 @@ def say(problem: Problem, considered: list[Considered], taken: Candidate) -> Non
     if isinstance(problem.choices.pack, bool):
         decision.reasons["pack"] = rules.CHOSEN
         return
-    settled = rules.why_plain(problem.facts, problem.mode, problem.choices, problem.limits.platform)
+    settled = rules.why_settled(
+        problem.facts, problem.mode, problem.choices, problem.limits.platform
+    )
     if settled is not None or problem.from_disk:
-        decision.reasons["pack"] = settled or "rule 9: plain, as in the files"
+        in_files = rules.AS_IT_STANDS if share else "rule 9: plain, as in the files"
+        decision.reasons["pack"] = settled or in_files
         return
     why = (_why_packed if share else _why_plain)(problem, considered, taken)
-    decision.reasons["pack"] = f"cost model: {why}" if why else rules.PLAIN_WHILE_UNKNOWN
-    if share:
+    unknown = rules.AS_IT_STANDS if share else rules.PLAIN_WHILE_UNKNOWN
+    decision.reasons["pack"] = f"cost model: {why}" if why else unknown
+    if share and why:
         decision.messages.append(f"blocks of the DiT are stored packed: {why}")
 
 
@@ -55,13 +59,16 @@ def how_many(problem: Problem, share: float) -> str:
     return f"{round(share * blocks)} of {blocks} blocks, evenly spread"
 
 
-def _why_packed(problem: Problem, considered: list[Considered], taken: Candidate) -> str:
+def _why_packed(problem: Problem, considered: list[Considered], taken: Candidate) -> str | None:
+    """None where nothing is known to tell from."""
     packed = how_many(problem, taken.placement.packed)
     plain = next(
         c for c in considered if c.candidate.placement == replace(taken.placement, packed=0.0)
     )
     if plain.obstacle is not None:
         return f"{packed}; plain does not fit: {plain.obstacle}"
+    if taken.step_seconds is None:
+        return None
     if seconds(plain.candidate) > seconds(taken) * EQUAL:
         return f"{packed}; the link binds, {_times(plain.candidate, taken)}"
     return f"{packed}, as they stand already"

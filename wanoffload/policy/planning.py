@@ -37,7 +37,8 @@ class Plan:
     rule that set it; `considered` are the candidates that were compared.
 
     `pack` says whether blocks of the DiT stand packed on the host, `pack_share` which part of them,
-    evenly spread; None: none, without a choice (a cache file may hold them packed all the same).
+    evenly spread; None: none, and nothing was said against it (a cache file that is there may hold
+    them packed all the same).
     `forms` are the plan with plain blocks, with packed ones, and with some packed, each with its
     predictions; none where the DiT is not streamed.
     """
@@ -241,7 +242,7 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
     made = problem.choices.made("vram_budget")
     decision.reasons["vram_budget"] = rules.CHOSEN if made else "not chosen"
     streamed = placement.kind == STREAM
-    settled = streamed and isinstance(problem.choices.pack, bool)
+    told = streamed and (isinstance(problem.choices.pack, bool) or bool(facts.packed))
     return Plan(
         mode=problem.mode,
         facts=facts,
@@ -257,7 +258,7 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
         use_fsdp_inference=decision.fsdp,
         vram_budget=problem.choices.vram_budget,
         pack=placement.packed > 0,
-        pack_share=placement.packed if placement.packed or settled else None,
+        pack_share=placement.packed if placement.packed or told else None,
         step_seconds=taken.step_seconds if timed else None,
         start_seconds=taken.start_seconds if whole and problem.hardware is not None else None,
         device_peak_bytes=taken.device_peak_bytes if whole and problem.workload else None,

@@ -17,6 +17,7 @@ AUTOMATIC_MODES = ("auto", "memory")
 CHOSEN = "chosen"
 NOT_STREAMED = "rule 9: the DiT is not streamed"
 PLAIN_WHILE_UNKNOWN = "rule 9: plain, while size or machine are unknown"
+AS_IT_STANDS = "rule 9: as the blocks stand already"
 
 
 @dataclass
@@ -205,8 +206,9 @@ def decide_packing(
         decision.packed = float(chosen)
         reasons["pack"] = CHOSEN
     else:
-        settled = why_plain(facts, mode, choices, platform)
-        reasons["pack"] = settled or PLAIN_WHILE_UNKNOWN
+        decision.packed = facts.packed or 0.0
+        settled = why_settled(facts, mode, choices, platform)
+        reasons["pack"] = settled or (AS_IT_STANDS if facts.packed else PLAIN_WHILE_UNKNOWN)
 
 
 def no_packing(decision: Decision, choices: Choices) -> None:
@@ -219,15 +221,16 @@ def no_packing(decision: Decision, choices: Choices) -> None:
         )
 
 
-def why_plain(facts: ModelFacts, mode: str, choices: Choices, platform: str) -> str | None:
-    """Rule 9: what keeps blocks from being packed where it was not chosen; None: it is open."""
+def why_settled(facts: ModelFacts, mode: str, choices: Choices, platform: str) -> str | None:
+    """Rule 9: what keeps the form of blocks as it is where none was chosen; None: it is open."""
     asked = mode in AUTOMATIC_MODES or choices.pack == AUTO
     conditions = (
         (not asked, f"mode {mode!r} packs nothing by itself"),
         (platform not in SUPPORTED_PLATFORMS, f"platform {platform} is not supported"),
         (not any(dit.bf16_bytes for dit in facts.dits), "plain, none of the blocks is bf16"),
     )
-    return next((f"rule 9: {text}" for held, text in conditions if held), None)
+    why = next((f"rule 9: {text}" for held, text in conditions if held), None)
+    return AS_IT_STANDS if why is not None and facts.packed else why
 
 
 def most_blocks(facts: ModelFacts) -> int:
