@@ -9,6 +9,7 @@ import gc
 import io
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,20 @@ def test_who_goes_past_the_tensor_gets_an_error_and_not_zeros(model: Any) -> Non
     assert unpacked(model) == 0
 
 
+def test_an_ordinary_tensor_set_on_a_weight_keeps_it(model: Any, twin: Any) -> None:
+    weight, right = model.blocks[0].norm2.weight, twin.blocks[0].norm2.weight
+    part = torch.empty(0, dtype=right.dtype)
+    whole = torch.empty(0, dtype=right.dtype).set_(weight)
+    assert type(whole) is Tensor
+    part.set_(weight[4:])
+    drop(model)
+    assert torch.equal(whole, right)
+    assert torch.equal(part, right[4:])
+    del whole, part
+    drop(model)
+    assert unpacked(model) == 0
+
+
 def test_ties_are_seen_and_saved_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -881,6 +896,39 @@ def test_unwrap_gives_ordinary_parameters_and_takes_memory_for_what_packing_save
     model.blocks[0].norm2.weight.data.zero_()
     assert not held["blocks.0.norm2.weight"].any()
     assert runtime.stats().locked_bytes == 0
+
+
+@pytest.mark.parametrize("tier", ["pageable", "pinned"])
+def test_unwrap_to_a_device_has_one_block_at_a_time_on_the_host(
+    tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the device is torch's "meta": any that is not the host."""
+    model = packed(KIND.make(), host=tier)
+    alive: list[weakref.ref[Any]] = []
+    give_back = Binding.give_back
+
+    def spy(self: Binding) -> None:
+        assert all(memory() is None for memory in alive), "the block before is on the host still"
+        give_back(self)
+        assert isinstance(self.image, HostImage)
+        assert self.view is not None
+        alive.append(weakref.ref(self.view))
+
+    monkeypatch.setattr(Binding, "give_back", spy)
+    wanoffload.unwrap(model, "meta")
+    assert len(alive) == UNITS
+    assert all(view() is None for view in alive)
+
+
+def test_too_little_memory_to_unwrap_to_a_device_leaves_the_model_packed(
+    model: Any, twin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(host_memory, "available_bytes", lambda: host_memory.RESERVE + 1_000)
+        with pytest.raises(HostMemoryError, match="bringing a block"):
+            wanoffload.unwrap(model, "meta")
+    assert torch.equal(forward(model, KIND.inputs()), forward(twin, KIND.inputs()))
+    assert plain_units(model) == []
 
 
 def test_too_little_memory_to_unwrap_leaves_the_model_packed(

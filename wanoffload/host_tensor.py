@@ -380,6 +380,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"{func} would change the shape of an offloaded weight in place; "
             "call wanoffload.unwrap() first"
         )
+    if func.overloadpacket is torch.ops.aten.set_:
+        return _set(func, args, kwargs)
     with in_turn(hosts):
         _before_write(written)
         if not _looks_at_no_value(func):
@@ -387,6 +389,16 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 tensor.checked()
         results = func(*_to_plain(args, bool(written)), **_to_plain(kwargs, bool(written)))
         return _from_plain(results, hosts, is_copy=func is torch.ops.aten.clone.default)
+
+
+def _set(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An ordinary tensor comes to stand on a weight, which therefore stays where it is."""
+
+    def lent(value: Any) -> Any:
+        return value._lent() if isinstance(value, HostTensor) else value
+
+    with ordinary_tensors():
+        return func(*tree_map(lent, args), **tree_map(lent, kwargs))
 
 
 def _before_write(tensors: list[HostTensor]) -> None:

@@ -294,22 +294,30 @@ def unwrap(transformer: nn.Module, device: torch.device | str | int = "cpu") -> 
     with ordinary_tensors():
         _bring_into_memory(runtime, target)
         runtime.close()
-        for binding in runtime.bindings:
-            hooks.remove(binding.unit.module)
-            if not binding.owned and target.type != "cpu":
-                binding.give_back()
-                binding.unit.module.to(target)  # now, so that one block at a time is in memory
-            else:
-                binding.give_back()
+        while runtime.bindings:
+            _give_back(runtime.bindings[0], target)
+            del runtime.bindings[0]  # now, so that one block at a time is in memory
         hooks.remove(transformer)  # last: until here unwrap can be called again
-        runtime.bindings.clear()
         transformer.to(target)
     return transformer
 
 
+def _give_back(binding: Binding, target: torch.device) -> None:
+    """The block is an ordinary one again, and on its way if it does not stay on the host."""
+    hooks.remove(binding.unit.module)
+    moves = not binding.owned and target.type != "cpu"
+    binding.give_back()
+    if moves:
+        binding.unit.module.to(target)
+
+
 def _bring_into_memory(runtime: Offloader, target: torch.device) -> None:
-    """What is not in own memory and will stay on the host, while the model is still whole."""
+    """What is not in own memory and will stay on the host, while the model is still whole. What
+    leaves the host passes through it, a block at a time."""
     missing = [binding for binding in runtime.bindings if not binding.owned]
+    if missing and target.type != "cpu":
+        largest = max(binding.owning_takes for binding in missing)
+        host_memory.require(largest, "bringing a block into own memory, on its way,")
     if missing and target.type == "cpu":
         taken = sum(binding.owning_takes - binding.owning_gives for binding in missing)
         total = max(0, taken + max(binding.owning_gives for binding in missing))
