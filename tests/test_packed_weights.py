@@ -28,6 +28,7 @@ from wanoffload import HostMemoryError, TransferError, UsageError, host_memory, 
 from wanoffload._C import HostBackend, HostImage
 from wanoffload.binding import Binding
 from wanoffload.facts.modules import part_of
+from wanoffload.host_tensor import HostTensor
 from wanoffload.image import aligned
 
 KIND = MODELS["wan21_t2v"]
@@ -133,7 +134,6 @@ def test_what_looks_at_no_value_unpacks_nothing(model: Any) -> None:
     for weight in model.blocks.parameters():
         views = [
             weight.detach(),
-            weight.data,
             weight.view(-1),
             weight[None],
             weight.transpose(0, -1),
@@ -469,6 +469,22 @@ def test_conjugated_and_negated_views_have_their_values() -> None:
     assert turn.conj().imag.tolist() == right.conj().imag.tolist()
     assert torch.equal(copy.copy(turn.conj()).resolve_conj(), right.conj().resolve_conj())
     assert torch.equal(model(X), resident(X))
+
+
+def test_the_data_of_a_weight_stays_true_as_the_data_of_an_ordinary_tensor(
+    model: Any, twin: Any
+) -> None:
+    weight, right = next(
+        (w, t)
+        for w, t in zip(model.parameters(), twin.parameters(), strict=True)
+        if isinstance(w, HostTensor) and w.numel() > 1
+    )
+    ordinary = nn.Parameter(torch.zeros_like(right), requires_grad=False)
+    ordinary.data = weight.data
+    drop(model)
+    read_others(model)
+    assert torch.equal(ordinary, right)
+    assert isinstance(weight.data, HostTensor)
 
 
 def test_who_goes_past_the_tensor_gets_an_error_and_not_zeros(model: Any) -> None:

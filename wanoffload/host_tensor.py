@@ -104,12 +104,15 @@ class HostTensor(torch.Tensor):
         *,
         home: Home | None = None,
         holder: Holder | None = None,
+        base: Tensor | None = None,
     ) -> HostTensor:
-        """Wraps an ordinary tensor; both share the memory. `holder`: of what it is a view of."""
-        base = plain
-        if home is not None:
-            with ordinary_tensors():
-                base = home.shell(plain)
+        """Wraps an ordinary tensor; both share the memory. `holder`: of what it is a view of.
+        `base`: what torch gets to see in place of `plain`; if None, what `home` says."""
+        if base is None:
+            base = plain
+            if home is not None:
+                with ordinary_tensors():
+                    base = home.shell(plain)
         tensor = torch.Tensor._make_subclass(HostTensor, base, requires_grad)
         tensor._plain = plain
         tensor._guard_reference = None
@@ -147,8 +150,17 @@ class HostTensor(torch.Tensor):
 
     @property
     def data(self) -> Tensor:
-        """As `Tensor.data`; what is written to it counts as written to this tensor."""
-        return self.detach()
+        """As `Tensor.data`; what is written to it counts as written to this tensor.
+
+        Of a packed unit it is unpacked, and stays so as long as somebody has it: it may become the
+        data of an ordinary tensor.
+        """
+        if self._home is None:
+            return self.detach()
+        lent = self._lent().detach()
+        return HostTensor.over(
+            self._plain, self._guard, home=self._home, holder=self._holder, base=lent
+        )
 
     @data.setter
     def data(self, value: Tensor) -> None:
