@@ -156,9 +156,10 @@ class PackedView:
         return storage
 
     def shell(self, number: int, plain: Tensor) -> Tensor:
-        """A tensor like `plain`, which is of the weight: torch refuses to look at its bytes.
-
-        So whoever goes past `HostTensor` gets an error, not what stands where nothing was unpacked.
+        """A tensor like `plain`, which is of the weight: torch gives nobody its address to write to,
+        so most of what goes past `HostTensor` is an error, and not what stands where nothing was
+        unpacked. Not all: an ordinary tensor that takes the storage over (`x.data = weight`, where
+        `weight.data` is meant) is read without a question.
         """
         if number not in self._shells:
             storage = self._new_storage(number)
