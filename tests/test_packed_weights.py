@@ -539,6 +539,24 @@ def test_ties_are_seen_and_saved_once() -> None:
 # Saving.
 
 
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda m, path: m.save_pretrained(path),
+        lambda m, path: m.save_pretrained(path, safe_serialization=False),
+        lambda m, path: torch.save(m.state_dict(), path),
+        lambda m, path: safetensors.torch.save_file(
+            {name: value.contiguous() for name, value in m.state_dict().items()}, path
+        ),
+    ],
+)
+def test_what_saving_unpacked_goes_when_it_is_saved(
+    save: Callable[[Any, Path], None], model: Any, tmp_path: Path
+) -> None:
+    save(model, tmp_path / "saved")
+    assert 0 < unpacked(model) <= 2 * block(model)
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_save_pretrained_takes_memory_for_one_shard(
     safe: bool, model: Any, twin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -735,6 +753,7 @@ def test_weights_of_two_blocks_can_be_exchanged_and_assigned(model: Any, twin: A
         a, b = each.blocks[0].attn1.to_q, each.blocks[3].attn1.to_q
         a.weight, b.weight = b.weight, a.weight
     assert torch.equal(forward(model, KIND.inputs()), forward(twin, KIND.inputs()))
+    drop(model)
     for each in (model, twin):
         each.blocks[1].norm2.weight.data = each.blocks[2].norm2.weight.data.clone()
         each.blocks[4].ffn.net[2].weight.data = each.blocks[3].ffn.net[2].weight.data

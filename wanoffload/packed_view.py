@@ -126,8 +126,9 @@ class PackedView:
         """The weight stays here as long as one of these lives."""
         living = [held for held in self._holders.get(number, []) if held() is not None]
         known = {id(held()) for held in living}
-        living += [weakref.ref(holder) for holder in holders if id(holder) not in known]
-        self._holders[number] = living
+        new = [holder for holder in holders if id(holder) not in known]
+        gone = self._recent.holder_is_gone
+        self._holders[number] = living + [weakref.ref(holder, gone) for holder in new]
 
     def release(self, holders: Iterable[object]) -> None:
         """These don't keep anything here any more."""
@@ -137,9 +138,6 @@ class PackedView:
                 self._holders[number] = [one for one in held if id(one()) not in gone]
 
     def _is_held(self, number: int) -> bool:
-        lent = self._lent.get(number)
-        if lent is not None and not lent.expired():
-            return True
         return any(holder() is not None for holder in self._holders.get(number, []))
 
     def lend(self, number: int) -> torch.UntypedStorage:
@@ -151,7 +149,9 @@ class PackedView:
             storage = torch.UntypedStorage._new_with_weak_ptr(known.cdata)
             if storage is not None:
                 return storage
-        storage = self._new_storage(number)
+        window = self._window(number)
+        self.keep_for(number, [window])
+        storage = torch.frombuffer(window, dtype=torch.uint8).untyped_storage()
         self._lent[number] = StorageWeakRef(storage)
         return storage
 
@@ -162,14 +162,15 @@ class PackedView:
         `weight.data` is meant) is read without a question.
         """
         if number not in self._shells:
-            storage = self._new_storage(number)
-            over = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
-            torch._C._set_throw_on_mutable_data_ptr(over)
-            self._shells[number] = storage
+            whole = torch.frombuffer(self._window(number), dtype=torch.uint8)
+            torch._C._set_throw_on_mutable_data_ptr(whole)
+            self._shells[number] = whole.untyped_storage()
         return placed_like(plain, self._shells[number])
 
-    def _new_storage(self, number: int) -> torch.UntypedStorage:
-        return image.host_view(self.layout.specs[number], self.memory).untyped_storage()
+    def _window(self, number: int) -> memoryview:
+        """The weight's bytes. Who is made over it keeps it, and it keeps the memory."""
+        spec = self.layout.specs[number]
+        return memoryview(self.memory)[spec.offset : spec.offset + spec.nbytes]
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,12 +23,12 @@ class Dropping(Protocol):
 class RecentlyRead:
     """The units of a model of which a part was unpacked, in the order in which they were read.
 
-    Any thread. Keeps no unit alive. Holds no lock while it drops.
+    Any thread, and a garbage collection in the middle of anything. Keeps no unit alive.
     """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # not held while something is dropped
         self._units: dict[int, weakref.ref[Dropping]] = {}  # by id, the most recent last
 
     @property
@@ -50,11 +50,15 @@ class RecentlyRead:
         """Raises HostMemoryError if there is no room for so many bytes more."""
         if host_memory.to_be_had() < nbytes:
             self.drop_all()
-        host_memory.require(nbytes, purpose)
+            host_memory.require(nbytes, purpose)
 
     def trim(self) -> None:
         """Drops those read longest ago, as far as nobody needs them, if too much is unpacked."""
         self._drop_down_to(self._most_bytes)
+
+    def holder_is_gone(self, _: object) -> None:
+        """Somebody who kept a part of some unit does so no longer."""
+        self.trim()
 
     def drop_all(self) -> None:
         """Drops whatever nobody needs."""
@@ -72,5 +76,5 @@ class RecentlyRead:
 
     def _oldest_first(self) -> list[Dropping]:
         with self._mutex:
-            found = [reference() for reference in self._units.values()]
+            found = [reference() for reference in list(self._units.values())]
         return [unit for unit in found if unit is not None]

@@ -31,9 +31,11 @@ class Turn:
         if not self._lock.acquire(blocking=False):
             yield False
             return
+        self._depth += 1
         try:
-            yield self._depth == 0
+            yield self._depth == 1
         finally:
+            self._depth -= 1
             self._lock.release()
 
 
