@@ -244,7 +244,7 @@ def test_a_bound_belongs_to_the_size_it_was_asked_of(frames: int, asked: dict[st
     assert of_resident == ({PACKED: bound, PLANNED: bound} if bound else {})
 
 
-def test_device_memory_is_judged_against_what_was_asked_and_the_four_chunks() -> None:
+def test_device_memory_is_judged_against_what_was_asked_and_the_three_chunks() -> None:
     made: Any = type("Bench", (), {})()
     made.device = torch.device("cuda")
     made.bytes = models.model_bytes(models.MODELS["14b"])

@@ -14,14 +14,8 @@ import torch
 
 from tests import plain_packing
 from tests.kernel_chunks import DEVICE
-from tests.test_packing import (
-    ALL_PATTERNS,
-    Plain,
-    gaussian,
-    packed_bytes,
-    plain_image,
-    size_and_table,
-)
+from tests.packed_images import Plain, gaussian, packed_bytes, plain_image
+from tests.test_packing import ALL_PATTERNS
 from wanoffload._C import PackingPlan, fingerprint
 
 pack = pytest.importorskip("wanoffload.kernels.pack")
@@ -33,7 +27,7 @@ def tiles_of(plain: Plain) -> Any:
 
 
 def plan_of(plain: Plain, tiles: Any) -> PackingPlan:
-    return PackingPlan(*size_and_table(plain), memoryview(tiles.escapes.cpu().numpy()))
+    return PackingPlan(plain.image.numel(), plain.tensors, memoryview(tiles.escapes.cpu().numpy()))
 
 
 def packed_on_device(plain: Plain) -> torch.Tensor:
