@@ -156,7 +156,7 @@ class PackedView:
         return storage
 
     def shell(self, number: int, plain: Tensor) -> Tensor:
-        """A tensor like `plain`, which is of the weight: torch gives nobody its address to write to.
+        """A tensor like `plain`, which is of the weight: torch lets nobody write to its address.
 
         So most of what goes past `HostTensor` is an error, and not what stands where nothing was
         unpacked. Not all: an ordinary tensor that takes the storage over (`x.data = weight`, where
