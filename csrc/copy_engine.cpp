@@ -22,7 +22,7 @@ CopyEngine::CopyEngine(BackendPtr backend, EngineOptions options)
       copied_(backend_),
       unpacked_(backend_),
       stream_(backend_) {
-  if (!options_.staging.slots.empty()) staging_.emplace(backend_, options_.staging);
+  if (options_.staging.unpacks()) staging_.emplace(backend_, options_.staging);
   queue_.reserve(64);
 }
 
@@ -45,9 +45,14 @@ void CopyEngine::prepare_ring() {
   }
 }
 
-void CopyEngine::check_staging(const Image& image, DeviceAddress destination) const {
+void CopyEngine::check_staging(const Image& image, DeviceAddress destination,
+                               DeviceAddress source) const {
   const Packing* const packing = image.packing();
   if (packing == nullptr) return;
+  StagingRing::check_aligned(destination, "the place of a packed image");
+  if (source != 0 && staging_) {
+    return StagingRing::check_aligned(source, "the place of packed bytes");
+  }
   if (!staging_) {
     throw UsageError("a packed image needs staging memory on the device, of " +
                      std::to_string(packing->largest_chunk) +
@@ -57,12 +62,11 @@ void CopyEngine::check_staging(const Image& image, DeviceAddress destination) co
     throw UsageError("a packed image has a chunk of " + std::to_string(packing->largest_chunk) +
                      " bytes; the staging slots have " + std::to_string(staging_->slot_bytes()));
   }
-  StagingRing::check_aligned(destination, "the place of a packed image");
 }
 
 // The stream that writes to the transfer's destination.
 StreamHandle CopyEngine::way_of(const Transfer& transfer) const {
-  return transfer.image->packing() != nullptr ? staging_->stream() : stream();
+  return transfer.packing() != nullptr ? staging_->stream() : stream();
 }
 
 EventHandle CopyEngine::end_of(StreamHandle way) const {
@@ -88,7 +92,7 @@ void CopyEngine::begin(Transfer& transfer) {
   come_behind_unread(transfer, way);
   for (const EventHandle event : transfer.wait_for) backend_->wait(way, event);
   transfer.unread_on_ = way;
-  poison(transfer.destination, transfer.image->plain_bytes(), way);
+  poison(transfer.destination, transfer.bytes_there(), way);
   transfer.begun_ = true;
 }
 
@@ -105,7 +109,7 @@ void CopyEngine::come_behind_unread(Transfer& transfer, StreamHandle way) {
 // before them.
 void CopyEngine::put(Transfer& transfer, std::size_t offset, const std::byte* data,
                      std::size_t bytes) {
-  if (transfer.image->packing() != nullptr) return put_packed(transfer, offset, data, bytes);
+  if (transfer.packing() != nullptr) return put_packed(transfer, offset, data, bytes);
   begin(transfer);
   if (bytes == 0) return;
   backend_->copy_to_device(transfer.destination + offset, data, bytes, stream());
@@ -115,7 +119,7 @@ void CopyEngine::put(Transfer& transfer, std::size_t offset, const std::byte* da
 // unpacked. The head, and what lies between chunks, stays here.
 void CopyEngine::put_packed(Transfer& transfer, std::size_t offset, const std::byte* data,
                             std::size_t bytes) {
-  const auto& chunks = transfer.image->packing()->chunks;
+  const auto& chunks = transfer.packing()->chunks;
   for (; transfer.next_packed_ < chunks.size(); ++transfer.next_packed_) {
     const PackedChunk& chunk = chunks[transfer.next_packed_];
     const std::size_t chunk_end = chunk.offset + chunk.bytes;
@@ -146,10 +150,21 @@ void CopyEngine::unpack(Transfer& transfer, const PackedChunk& chunk) {
   begin(transfer);
   const StagingRing::Place place = *transfer.place_;
   transfer.place_.reset();  // whatever comes of it
-  staging_->unpack(place,
-                   {place.address, chunk.bytes, transfer.destination, transfer.image->plain_bytes(),
-                    chunk.blocks, transfer.spoilt_, transfer.generation},
-                   stream());
+  staging_->unpack(place, job_of(transfer, chunk, place.address), stream());
+}
+
+UnpackJob CopyEngine::job_of(const Transfer& transfer, const PackedChunk& chunk,
+                             DeviceAddress place) {
+  return {place,        chunk.bytes,      transfer.destination, transfer.bytes_there(),
+          chunk.blocks, transfer.spoilt_, transfer.generation};
+}
+
+// The packed bytes stand on the device, and stay: nothing is copied.
+void CopyEngine::unpack_in_place(Transfer& transfer) {
+  begin(transfer);
+  for (const PackedChunk& chunk : transfer.packing()->chunks) {
+    backend_->unpack(job_of(transfer, chunk, transfer.source + chunk.offset), staging_->stream());
+  }
 }
 
 // What follows the last byte.
@@ -167,8 +182,10 @@ void CopyEngine::give_up(Transfer& transfer) {
 }
 
 void CopyEngine::submit(Transfer& transfer) {
-  check_staging(*transfer.image, transfer.destination);
-  if (transfer.image->locked() || transfer.image->bytes() == 0) return submit_locked(transfer);
+  if (!transfer.as_stored) check_staging(*transfer.image, transfer.destination, transfer.source);
+  if (transfer.image->locked() || transfer.image->bytes() == 0 || transfer.source != 0) {
+    return submit_locked(transfer);
+  }
   const std::lock_guard lock(mutex_);
   if (closed_) throw ClosedError("the copy engine is closed");
   if (!ring_) throw UsageError("prepare_ring() comes before an image that is not page-locked");
@@ -191,12 +208,23 @@ void CopyEngine::submit_locked(Transfer& transfer) {
   }
   reset(transfer);
   try {
-    put(transfer, 0, transfer.image->locked_data(), transfer.image->bytes());
+    if (transfer.source != 0) {
+      unpack_in_place(transfer);
+    } else {
+      put(transfer, 0, transfer.image->locked_data(), transfer.image->bytes());
+    }
     finish(transfer);
   } catch (...) {
     give_up(transfer);
     throw;
   }
+}
+
+void CopyEngine::adopt(Transfer& transfer) {
+  reset(transfer);
+  transfer.begun_ = true;
+  backend_->record(transfer.ready, stream());
+  transfer.ready_generation_ = transfer.generation;
 }
 
 void CopyEngine::wait_settled(Transfer& transfer) {

@@ -38,10 +38,18 @@ class Transfer {
  public:
   ImagePtr image;
   DeviceAddress destination = 0;
+  bool as_stored = false;    // packed bytes stay packed: they are brought as if they were plain
+  DeviceAddress source = 0;  // where the device has the image's packed bytes; 0: the host has them
   std::vector<EventHandle> wait_for;  // before the first byte is written there
   EventHandle ready = 0;              // recorded behind the last byte
   std::uint64_t generation = 0;       // which fill of its destination this is
 
+  // How the bytes are unpacked on their way, or null.
+  [[nodiscard]] const Packing* packing() const { return as_stored ? nullptr : image->packing(); }
+  // What they take at the destination.
+  [[nodiscard]] std::size_t bytes_there() const {
+    return as_stored ? image->bytes() : image->plain_bytes();
+  }
   // The fill that `ready` stands behind: equal to `generation` once settled without an error.
   // Rule 1: nobody waits on an event that was not recorded for the bytes that are meant.
   [[nodiscard]] std::uint64_t ready_generation() const { return ready_generation_; }
@@ -92,8 +100,9 @@ class CopyEngine {
   [[nodiscard]] StreamHandle stream() const { return stream_.handle(); }
   // Where packed images are unpacked; 0 if there is no staging memory.
   [[nodiscard]] StreamHandle unpack_stream() const { return staging_ ? staging_->stream() : 0; }
-  // Throws UsageError, with what is missing, if the image is packed and can't be unpacked to there.
-  void check_staging(const Image& image, DeviceAddress destination) const;
+  // Throws UsageError, with what is missing, if the image is packed and can't be unpacked to there;
+  // `source`: as a Transfer's.
+  void check_staging(const Image& image, DeviceAddress destination, DeviceAddress source) const;
   [[nodiscard]] std::size_t ring_bytes() const { return ring_ ? ring_->locked_bytes() : 0; }
 
   // With a value, every destination, and every staging slot, is overwritten with this byte before
@@ -105,9 +114,12 @@ class CopyEngine {
   // been called before an image that is not page-locked is submitted.
   void prepare_ring();
 
-  // Starts a transfer. A page-locked image: enqueued when this returns, errors thrown here.
+  // Starts a transfer. A page-locked image, or one whose packed bytes the device has: enqueued when
+  // this returns, errors thrown here.
   // Others: this returns at once; errors come out of wait_settled.
   void submit(Transfer& transfer);
+  // The bytes are at their destination already, by a copy that has ended: records `ready`.
+  void adopt(Transfer& transfer);
   // Waits until every byte of the transfer is enqueued, or rethrows what went wrong. Does not wait
   // for the device. Throws TransferTimeout.
   void wait_settled(Transfer& transfer);
@@ -146,8 +158,11 @@ class CopyEngine {
   void come_behind_unread(Transfer& transfer, StreamHandle way);
   void put(Transfer& transfer, std::size_t offset, const std::byte* data, std::size_t bytes);
   void put_packed(Transfer& transfer, std::size_t offset, const std::byte* data, std::size_t bytes);
+  void unpack_in_place(Transfer& transfer);
   [[nodiscard]] StagingRing::Place open_staging(const PackedChunk& chunk);
   void unpack(Transfer& transfer, const PackedChunk& chunk);
+  [[nodiscard]] static UnpackJob job_of(const Transfer& transfer, const PackedChunk& chunk,
+                                        DeviceAddress place);
   void finish(Transfer& transfer);
   void give_up(Transfer& transfer);
   void poison(DeviceAddress place, std::size_t bytes, StreamHandle stream);

@@ -6,33 +6,74 @@
 
 namespace wanoffload {
 
+Slot::Slot(const BackendPtr& backend, DeviceAddress address, std::size_t size)
+    : bytes(size), ready(backend) {
+  transfer.destination = address;
+  transfer.ready = ready.handle();
+  readers.reserve(4);
+  transfer.wait_for.reserve(4);
+}
+
 DeviceSlots::DeviceSlots(BackendPtr backend, const std::vector<DeviceAddress>& addresses,
                          std::size_t slot_bytes)
-    : backend_(std::move(backend)), slot_bytes_(slot_bytes) {
-  if (addresses.empty()) throw UsageError("there must be a slot at least");
-  slots_.reserve(addresses.size());
-  for (const DeviceAddress address : addresses) {
-    Slot& slot = slots_.emplace_back(backend_);
-    slot.transfer.destination = address;
-    slot.transfer.ready = slot.ready.handle();
-    slot.readers.reserve(4);
-    slot.transfer.wait_for.reserve(4);
+    : backend_(std::move(backend)),
+      slot_bytes_(slot_bytes),
+      passing_(static_cast<int>(addresses.size())) {
+  for (const DeviceAddress address : addresses) slots_.emplace_back(backend_, address, slot_bytes);
+}
+
+void DeviceSlots::add_unit(const Home& home) {
+  if (home) {
+    Slot& slot = slots_.emplace_back(backend_, home.address, home.bytes);
+    slot.transfer.as_stored = home.as_stored;
   }
+  homes_.push_back({home ? size() - 1 : kNoSlot, home.as_stored});
+}
+
+bool DeviceSlots::keeps_packed(int unit) const {
+  const UnitHome& home = homes_[static_cast<std::size_t>(unit)];
+  return home.slot != kNoSlot && home.as_stored;
+}
+
+bool DeviceSlots::lives_at_home(int unit) const {
+  return home_of(unit) != kNoSlot && !keeps_packed(unit);
 }
 
 int DeviceSlots::find(int unit) const {
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].unit == unit) return static_cast<int>(i);
+  if (lives_at_home(unit)) {
+    const int home = home_of(unit);
+    return at(home).unit == unit ? home : kNoSlot;
   }
-  return -1;
+  for (int i = 0; i < passing_; ++i) {
+    if (at(i).unit == unit) return i;
+  }
+  return kNoSlot;
 }
 
-void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& engine) {
+bool DeviceSlots::filled(int unit) const {
+  const int home = home_of(unit);
+  if (home == kNoSlot) return false;
+  const Slot& slot = at(home);
+  return slot.unit == unit && slot.transfer.ready_generation() == slot.generation &&
+         !slot.transfer.spoilt();
+}
+
+void DeviceSlots::adopt(int unit, CopyEngine& engine) {
+  Slot& slot = (*this)[home_of(unit)];
+  slot.transfer.generation = ++slot.generation;
+  engine.adopt(slot.transfer);
+  slot.unit = unit;
+  slot.fresh = true;
+}
+
+void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& engine,
+                       DeviceAddress source) {
   Slot& slot = (*this)[index];
   if (slot.users != 0) throw UsageError("slot " + std::to_string(index) + " is in use");
-  if (image->plain_bytes() > slot_bytes_) {
-    throw UsageError("a unit of " + std::to_string(image->plain_bytes()) + " bytes in slots of " +
-                     std::to_string(slot_bytes_));
+  const std::size_t bytes = slot.transfer.as_stored ? image->bytes() : image->plain_bytes();
+  if (bytes > slot.bytes) {
+    throw UsageError("a unit of " + std::to_string(bytes) + " bytes in a slot of " +
+                     std::to_string(slot.bytes));
   }
   drop(index);
   record_reads(slot);
@@ -41,6 +82,7 @@ void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& e
     if (reader.read) slot.transfer.wait_for.push_back(reader.free.handle());
   }
   slot.transfer.image = image;
+  slot.transfer.source = source;
   slot.transfer.generation = ++slot.generation;
   engine.submit(slot.transfer);
   slot.unit = unit;

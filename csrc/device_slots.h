@@ -1,9 +1,13 @@
 // The fixed device memory where units land, and the two event edges of each slot: a fill waits for
 // free[slot], a reader waits for ready[slot]. Nothing else orders copies and compute.
+//
+// Through the first slots, equal ones, units pass. Behind them stand homes: each is one unit's for
+// good, for its plain bytes or for its packed ones.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "backend/backend.h"
@@ -12,6 +16,18 @@
 namespace wanoffload {
 
 inline constexpr int kNoUnit = -1;
+inline constexpr int kNoSlot = -1;
+
+// A place on the device where a unit's bytes stay once they have come. None: the unit passes
+// through the slots at each use.
+struct Home {
+  DeviceAddress address = 0;  // of memory that outlives its use; 0: none
+  std::size_t bytes = 0;
+  bool as_stored = false;  // packed bytes stay, and are unpacked into a slot for each use
+  bool filled = false;     // they are there, by a copy that has ended
+
+  explicit operator bool() const { return address != 0; }
+};
 
 // One reading stream of a slot and the event behind its last read. Made once for each stream that
 // ever reads the slot.
@@ -25,8 +41,9 @@ struct SlotReader {
 // empty -> filling -> ready -> in use -> released, and from there filled again. The host does not
 // know when filling turns to ready: the events do.
 struct Slot {
-  explicit Slot(const BackendPtr& backend) : ready(backend) {}
+  Slot(const BackendPtr& backend, DeviceAddress address, std::size_t size);
 
+  std::size_t bytes;
   int unit = kNoUnit;            // whose bytes are here or on their way
   std::uint64_t generation = 0;  // grows with each fill
   int users = 0;                 // acquired and not yet released
@@ -39,18 +56,37 @@ struct Slot {
 // Not synchronised: the prefetcher's lock guards it.
 class DeviceSlots {
  public:
+  // None, if every unit will have a home.
   DeviceSlots(BackendPtr backend, const std::vector<DeviceAddress>& addresses,
               std::size_t slot_bytes);
 
+  // Slots and homes.
   [[nodiscard]] int size() const { return static_cast<int>(slots_.size()); }
+  // Slots through which units pass: the first ones.
+  [[nodiscard]] int passing() const { return passing_; }
   [[nodiscard]] std::size_t slot_bytes() const { return slot_bytes_; }
   [[nodiscard]] Slot& operator[](int slot) { return slots_[static_cast<std::size_t>(slot)]; }
-  // The slot that holds this unit, or -1.
+  [[nodiscard]] DeviceAddress destination(int slot) const { return at(slot).transfer.destination; }
+  [[nodiscard]] std::size_t bytes(int slot) const { return at(slot).bytes; }
+  // Appends a unit, in the order of their numbers; its home becomes the last slot.
+  void add_unit(const Home& home);
+  // The slot that is the unit's home, or kNoSlot.
+  [[nodiscard]] int home_of(int unit) const { return homes_[static_cast<std::size_t>(unit)].slot; }
+  // Whether packed bytes stay in the unit's home.
+  [[nodiscard]] bool keeps_packed(int unit) const;
+  // Whether the unit is read in its home.
+  [[nodiscard]] bool lives_at_home(int unit) const;
+  // The slot where the unit is or is being brought to be read, or kNoSlot.
   [[nodiscard]] int find(int unit) const;
+  // Whether its home holds the unit's bytes. True only once nothing is under way.
+  [[nodiscard]] bool filled(int unit) const;
 
   // Starts to bring an image into a slot that nobody uses. The slot belongs to `unit` from here
-  // on, or to nobody if this throws.
-  void fill(int slot, int unit, const ImagePtr& image, CopyEngine& engine);
+  // on, or to nobody if this throws. `source`: as a Transfer's.
+  void fill(int slot, int unit, const ImagePtr& image, CopyEngine& engine,
+            DeviceAddress source = 0);
+  // The unit's home holds its bytes already.
+  void adopt(int unit, CopyEngine& engine);
   // Makes `stream` wait for the slot's bytes and counts one user. The transfer must be settled.
   // Throws TransferError if the bytes are known to be spoilt, which the host backend tells when
   // `stream` is the calling thread.
@@ -64,12 +100,19 @@ class DeviceSlots {
   void wait_for_readers(int slot, Milliseconds timeout);
 
  private:
+  struct UnitHome {
+    int slot;
+    bool as_stored;
+  };
+  [[nodiscard]] const Slot& at(int slot) const { return slots_[static_cast<std::size_t>(slot)]; }
   SlotReader& reader_of(Slot& slot, StreamHandle stream);
   void record_reads(Slot& slot);
 
   const BackendPtr backend_;
   const std::size_t slot_bytes_;
-  std::vector<Slot> slots_;
+  const int passing_;
+  std::deque<Slot> slots_;  // they stay where they are when homes come
+  std::vector<UnitHome> homes_;
 };
 
 }  // namespace wanoffload

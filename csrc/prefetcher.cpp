@@ -25,27 +25,45 @@ Prefetcher::~Prefetcher() {
   }
 }
 
-// Refuses an image that no slot can hold; makes the ring if this is the first that needs it.
-void Prefetcher::make_room_for(const Image& image) {
-  if (image.plain_bytes() > slots_.slot_bytes()) {
-    throw UsageError("a unit of " + std::to_string(image.plain_bytes()) + " bytes in slots of " +
-                     std::to_string(slots_.slot_bytes()));
-  }
-  for (int i = 0; i < slots_.size(); ++i) {
-    engine_.check_staging(image, slots_[i].transfer.destination);
-  }
-  if (!image.locked()) engine_.prepare_ring();
+namespace {
+
+void check_fits(std::size_t bytes, std::size_t room, const char* where) {
+  if (bytes <= room) return;
+  throw UsageError("a unit of " + std::to_string(bytes) + " bytes in " + where + " of " +
+                   std::to_string(room));
 }
 
-int Prefetcher::add_unit(ImagePtr image) {
+}  // namespace
+
+// Refuses an image that its home, or the slots it passes through, can't hold.
+void Prefetcher::make_room_for(const Image& image, const Home& home) const {
+  if (home.as_stored && image.packing() == nullptr) {
+    throw UsageError("a unit whose packed bytes are to stay on the device is not packed");
+  }
+  if (home && !home.as_stored) {
+    check_fits(image.plain_bytes(), home.bytes, "a home");
+    return engine_.check_staging(image, home.address, 0);
+  }
+  if (home) check_fits(image.bytes(), home.bytes, "a home");
+  if (slots_.passing() == 0) throw UsageError("there must be a slot at least");
+  check_fits(image.plain_bytes(), slots_.slot_bytes(), "slots");
+  for (int i = 0; i < slots_.passing(); ++i) {
+    engine_.check_staging(image, slots_.destination(i), home.address);
+  }
+}
+
+int Prefetcher::add_unit(ImagePtr image, const Home& home) {
   const std::lock_guard lock(mutex_);
   check_open();
-  make_room_for(*image);
+  make_room_for(*image, home);
+  if (!image->locked()) engine_.prepare_ring();  // if this is the first that needs it
   const int unit = units();
+  slots_.add_unit(home);
   images_.push_back(std::move(image));
   failures_.emplace_back();
   place_.push_back(static_cast<int>(order_.size()));
   order_.push_back(unit);
+  if (home && home.filled) slots_.adopt(unit, engine_);
   return unit;
 }
 
@@ -96,7 +114,7 @@ int Prefetcher::distance(int unit) const {
 int Prefetcher::farthest_free_slot() const {
   int best = -1;
   int best_distance = -1;
-  for (int i = 0; i < slots_.size(); ++i) {
+  for (int i = 0; i < slots_.passing(); ++i) {
     const Slot& slot = slots_[i];
     if (slot.users != 0) continue;
     const int away = slot.unit == kNoUnit ? std::numeric_limits<int>::max() : distance(slot.unit);
@@ -108,6 +126,23 @@ int Prefetcher::farthest_free_slot() const {
   return best;
 }
 
+// Where the unit is to be brought to: its home, if it lives there, else the slot to give up first.
+int Prefetcher::place_for(int unit) const {
+  return slots_.lives_at_home(unit) ? slots_.home_of(unit) : farthest_free_slot();
+}
+
+// How many places of the order, from the next on, are looked at: until `depth` units are found that
+// do not live at home by now. The last place, of the unit acquired just now, is not.
+int Prefetcher::horizon() const {
+  int to_come = options_.depth;
+  int places = 0;
+  for (; places < units() - 1 && to_come > 0; ++places) {
+    const int unit = order_[static_cast<std::size_t>((next_ + places) % units())];
+    if (!slots_.lives_at_home(unit) || slots_.find(unit) == kNoSlot) --to_come;
+  }
+  return places;
+}
+
 void Prefetcher::prefetch() {
   const std::lock_guard lock(mutex_);
   check_open();
@@ -117,12 +152,12 @@ void Prefetcher::prefetch() {
 // Brings the units that come next into slots that hold nothing needed sooner. What fails here is
 // thrown by the acquire that needs it.
 void Prefetcher::top_up() {
-  const int ahead = std::min(options_.depth, units() - 1);
+  const int ahead = horizon();
   for (int i = 0; i < ahead; ++i) {
     const int unit = order_[static_cast<std::size_t>((next_ + i) % units())];
     if (slots_.find(unit) >= 0) continue;
     if (failures_[static_cast<std::size_t>(unit)]) return;
-    const int slot = farthest_free_slot();
+    const int slot = place_for(unit);
     if (slot < 0) return;
     const bool needed = slots_[slot].unit != kNoUnit && distance(slots_[slot].unit) < ahead;
     if (needed || !engine_.settled(slots_[slot].transfer)) return;
@@ -136,11 +171,36 @@ void Prefetcher::top_up() {
 }
 
 void Prefetcher::fetch(int unit, int slot) {
+  if (slots_.keeps_packed(unit)) return unpack_from_home(unit, slot);
+  bring(unit, slot);
+}
+
+// Over the link.
+void Prefetcher::bring(int unit, int slot) {
   const ImagePtr& image = images_[static_cast<std::size_t>(unit)];
   note(Happened::kFetch, unit, slot);
   slots_.fill(slot, unit, image, engine_);
   ++stats_.fetches;
   stats_.bytes_fetched += image->bytes();
+}
+
+// The unpack stream reads the unit's home as compute streams read slots: behind `ready`, and what
+// is brought there next comes behind `free`.
+void Prefetcher::unpack_from_home(int unit, int slot) {
+  const int home = slots_.home_of(unit);
+  if (slots_[home].unit != unit) bring(unit, home);
+  settle(unit, home);
+  note(Happened::kFetch, unit, slot);
+  slots_.begin_read(home, engine_.unpack_stream());
+  try {
+    slots_.fill(slot, unit, images_[static_cast<std::size_t>(unit)], engine_,
+                slots_[home].transfer.destination);
+  } catch (...) {
+    slots_.end_read(home, engine_.unpack_stream());
+    throw;
+  }
+  slots_.end_read(home, engine_.unpack_stream());
+  ++stats_.fetches;
 }
 
 // Throws what went wrong with a prefetch, once: the acquire after this one tries again.
@@ -153,7 +213,7 @@ void Prefetcher::rethrow_failure(int unit) {
 int Prefetcher::slot_with(int unit) {
   if (const int slot = slots_.find(unit); slot >= 0) return slot;
   rethrow_failure(unit);
-  const int slot = farthest_free_slot();
+  const int slot = place_for(unit);
   if (slot < 0) {
     throw UsageError("all " + std::to_string(slot_count()) + " slots are in use: unit " +
                      std::to_string(unit) + " was acquired while others were not released");
@@ -258,7 +318,8 @@ void Prefetcher::invalidate(int unit) {
 void Prefetcher::replace_unit(int unit, ImagePtr image) {
   const std::lock_guard lock(mutex_);
   check_open(unit);
-  make_room_for(*image);
+  make_room_for(*image, home_of(unit));
+  if (!image->locked()) engine_.prepare_ring();
   forget(unit);
   ImagePtr& place = images_[static_cast<std::size_t>(unit)];
   for (int i = 0; i < slots_.size(); ++i) {
@@ -268,9 +329,22 @@ void Prefetcher::replace_unit(int unit, ImagePtr image) {
   place = std::move(image);
 }
 
+// As it was given to add_unit, but for `filled`.
+Home Prefetcher::home_of(int unit) const {
+  const int home = slots_.home_of(unit);
+  if (home == kNoSlot) return {};
+  return {slots_.destination(home), slots_.bytes(home), slots_.keeps_packed(unit)};
+}
+
+bool Prefetcher::home_filled(int unit) const {
+  const std::lock_guard lock(mutex_);
+  return given_back_ && slots_.filled(unit);
+}
+
 // Drops what was fetched of the unit and waits until no copy reads its image.
 void Prefetcher::forget(int unit) {
   failures_[static_cast<std::size_t>(unit)] = nullptr;
+  if (slots_.keeps_packed(unit)) slots_.drop(slots_.home_of(unit));
   if (const int slot = slots_.find(unit); slot >= 0) {
     if (slots_[slot].users != 0) {
       throw UsageError("unit " + std::to_string(unit) + " is in use: its weights can't be changed");

@@ -25,8 +25,8 @@ struct PrefetchOptions {
 // Counted since construction or the last reset.
 struct PrefetchStats {
   std::uint64_t acquires = 0;
-  std::uint64_t cold = 0;  // acquires that had to start the fetch themselves
-  std::uint64_t fetches = 0;
+  std::uint64_t cold = 0;           // acquires that had to start the fetch themselves
+  std::uint64_t fetches = 0;        // into a slot or a home, over the link or within the device
   std::uint64_t bytes_fetched = 0;  // as they cross the link: of packed units, the packed bytes
   std::uint64_t invalidations = 0;  // prefetched bytes thrown away because the host's changed
   std::uint64_t failures = 0;       // fetches that failed
@@ -43,17 +43,23 @@ struct Acquired {
 //
 // The units behind the one acquired, `depth` of them, are submitted when the host has released
 // their slots, while the device may still read those: the ring fills meanwhile (see CopyEngine).
+// A unit with a home comes over the link once, and stays there until its host's bytes change. It is
+// read there; if its packed bytes stay there it is unpacked into a slot for each use, which counts
+// as a fetch of no bytes.
+//
 // While acquire waits for a unit, depth - 1 more are queued: with a depth of 2 the threads that
 // read never run out of work, with 1 they pause at the end of each unit.
 class Prefetcher {
  public:
-  // `slots`: addresses of device memory that outlives this object, of `slot_bytes` each.
+  // `slots`: addresses of device memory that outlives this object, of `slot_bytes` each. None, if
+  // every unit is read in a home.
   Prefetcher(const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
              std::size_t slot_bytes, PrefetchOptions options);
   ~Prefetcher();
 
-  // Appends a unit to the order and returns its number: 0, 1, ...
-  int add_unit(ImagePtr image);
+  // Appends a unit to the order and returns its number: 0, 1, ... Throws UsageError if it fits
+  // neither its home nor, where it needs one, a slot.
+  int add_unit(ImagePtr image, const Home& home = {});
   // Replaces the order. Throws UsageError unless it names every unit once.
   void set_order(const std::vector<int>& order);
   [[nodiscard]] std::vector<int> order() const;
@@ -76,6 +82,9 @@ class Prefetcher {
   // Puts another image in the unit's place: invalidates, then lets the old one go, which no copy
   // reads any more. Throws what invalidate and add_unit throw; the unit then keeps its image.
   void replace_unit(int unit, ImagePtr image);
+  // Whether the unit's home holds its bytes, so that another prefetcher may be given it as filled.
+  // Once closed, for only then is nothing under way.
+  [[nodiscard]] bool home_filled(int unit) const;
   void set_poison(std::optional<std::uint8_t> value) { engine_.set_poison(value); }
   // Where the copies run, and where packed units are unpacked (0: there is no staging memory). For
   // tests and traces.
@@ -83,7 +92,7 @@ class Prefetcher {
   [[nodiscard]] StreamHandle unpack_stream() const { return engine_.unpack_stream(); }
 
   [[nodiscard]] int unit_count() const;
-  [[nodiscard]] int slot_count() const { return slots_.size(); }
+  [[nodiscard]] int slot_count() const { return slots_.passing(); }
   [[nodiscard]] std::size_t ring_bytes() const;
   [[nodiscard]] PrefetchStats stats() const;
   void reset_stats();
@@ -106,11 +115,16 @@ class Prefetcher {
   [[nodiscard]] int units() const { return static_cast<int>(images_.size()); }
   void check_open() const;
   void check_open(int unit) const;
-  void make_room_for(const Image& image);
+  void make_room_for(const Image& image, const Home& home) const;
+  [[nodiscard]] Home home_of(int unit) const;
   void forget(int unit);
   void rethrow_failure(int unit);
   int slot_with(int unit);
   void fetch(int unit, int slot);
+  void bring(int unit, int slot);
+  void unpack_from_home(int unit, int slot);
+  [[nodiscard]] int place_for(int unit) const;
+  [[nodiscard]] int horizon() const;
   void settle(int unit, int slot);
   void begin_read(int unit, int slot, StreamHandle stream);
   void wait_until_over(Transfer& transfer);

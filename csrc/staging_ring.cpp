@@ -8,7 +8,8 @@ namespace wanoffload {
 namespace {
 
 const StagingMemory& checked(const StagingMemory& memory) {
-  if (memory.slots.size() < 2) {
+  const bool none = memory.slots.empty() && memory.in_place;
+  if (memory.slots.size() < 2 && !none) {
     throw UsageError(
         "staging memory needs two slots at least: one is copied into while another is unpacked");
   }

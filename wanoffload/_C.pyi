@@ -282,7 +282,8 @@ class Prefetcher:
 
     `owner` is kept alive until the engine has closed: what holds the memory of slots and staging.
     `staging`: addresses of equal slots of device memory, `staging_bytes` each, two at least,
-    through which packed images pass. Without them a packed image is refused.
+    through which packed images pass. Without them a packed image is refused, unless its packed
+    bytes have a home: `unpacks_in_place` says that some have.
     """
 
     def __init__(
@@ -299,8 +300,25 @@ class Prefetcher:
         timeout_ms: int = ...,
         staging: Sequence[int] = ...,
         staging_bytes: int = ...,
+        unpacks_in_place: bool = ...,
     ) -> None: ...
-    def add_unit(self, image: Image) -> int: ...
+    def add_unit(
+        self,
+        image: Image,
+        *,
+        home: int = ...,
+        home_bytes: int = ...,
+        as_stored: bool = ...,
+        filled: bool = ...,
+    ) -> int:
+        """`home`: the address of device memory where the unit's bytes stay once they have come.
+
+        The unit is read there: `acquire` gives the slot `slot_count` + how many homes came before.
+        `as_stored`: packed bytes stay there, and are unpacked into a slot for each use. `filled`:
+        they are there already. Raises UsageError for what fits neither its home nor a slot.
+        """
+    def home_filled(self, unit: int) -> bool:
+        """Once closed: whether the unit's home holds its bytes."""
     def set_order(self, units: Sequence[int]) -> None: ...
     def order(self) -> list[int]: ...
     def prefetch(self) -> None: ...
