@@ -28,7 +28,7 @@ from wanoffload._C import (
     TransferTimeout,
     UsageError,
 )
-from wanoffload.runtime import SlotMemory
+from wanoffload.device_memory import SlotMemory
 
 SIZE = 4096
 

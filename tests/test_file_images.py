@@ -24,7 +24,7 @@ from wanoffload._C import (
     UsageError,
     fingerprint,
 )
-from wanoffload.runtime import SlotMemory
+from wanoffload.device_memory import SlotMemory
 
 CHUNK = 128 << 10  # large enough to be read straight into the ring
 PIECE = CHUNK - 4096  # of a file, in a chunk of whole blocks

@@ -66,6 +66,7 @@ class StandIn:
     vae_cpu_offload: bool = False
     use_fsdp_inference: bool = False
     pack_share: float | None = None
+    budget_of_one: int | None = None
     step_seconds: float | None = None
     host_locked_bytes: int | None = None
     fits: bool = True
@@ -565,9 +566,9 @@ def test_another_prefetch_needs_no_new_images(planned) -> None:
     runtime = wanoffload.offloader(pipe.transformer)
     kind.run(pipe, num_inference_steps=3)
     assert wanoffload.offloader(pipe.transformer) is runtime
-    assert (runtime._prefetch, runtime._slot_count) == (0, 1)
+    assert (runtime.prefetch, runtime.residency.slots) == (0, 1)
     assert torch.equal(kind.run(pipe), expected)
-    assert (runtime._prefetch, runtime._slot_count) == (1, 2)
+    assert (runtime.prefetch, runtime.residency.slots) == (1, 2)
 
 
 def test_a_given_workload_is_decided_about_once(planned) -> None:

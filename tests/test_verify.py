@@ -74,7 +74,7 @@ def slot_of_first_block(runtime: wanoffload.Offloader) -> int:
     expected = host_fingerprint(image.address, image.nbytes)
     for _ in range(1000):
         for slot in range(runtime.slots.count):
-            if runtime.slot_fingerprint(slot, image.nbytes) == expected:
+            if runtime.slot_fingerprint(0, slot, image.nbytes) == expected:
                 return slot
         time.sleep(0.01)
     raise AssertionError("the first block did not arrive")

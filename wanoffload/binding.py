@@ -446,7 +446,7 @@ class Binding(hooks.Attached):
         """The block's output, with a copy in place of any tensor that is part of the slot."""
         if type(output) in (tuple, list):
             return type(output)(self.own(part) for part in output)
-        if isinstance(output, Tensor) and self.offloader.slots.holds(output):
+        if isinstance(output, Tensor) and self.offloader.holds(output):
             return output.clone()
         return output
 
@@ -455,13 +455,11 @@ class Binding(hooks.Attached):
         return self._held is not None
 
     def _make_views(self, slot: int) -> list[nn.Parameter]:
-        memory = self.offloader.slots
+        memory, start = self.offloader.place(self.index, slot)
         # Ordinary tensors, whatever mode the forward that needs them first is in.
         with ordinary_tensors():
             views = [
-                nn.Parameter(
-                    image.device_view(spec, memory.memory, memory.start(slot)), requires_grad=False
-                )
+                nn.Parameter(image.device_view(spec, memory, start), requires_grad=False)
                 for spec in self.layout.specs
             ]
         self._views[slot] = views
@@ -484,7 +482,7 @@ class Binding(hooks.Attached):
     def _verify(self, slot: int, generation: int, when: str) -> None:
         if self._fingerprint is None:
             self._fingerprint = image.fingerprint_of(self.image)
-        found = self.offloader.slot_fingerprint(slot, self.layout.nbytes)
+        found = self.offloader.slot_fingerprint(self.index, slot, self.layout.nbytes)
         if found != self._fingerprint:
             self._spoilt = True
             raise VerifyError(

@@ -27,10 +27,10 @@ from wanoffload._C import (
     PackingPlan,
     Uploader,
 )
+from wanoffload.device_memory import SlotMemory
 from wanoffload.host_tiers import CHUNK_BYTES, RING_BYTES
 from wanoffload.image import ImageLayout, Lock, leave_unlocked
 from wanoffload.packing import Allocate, tensors_of
-from wanoffload.runtime import SlotMemory
 from wanoffload.units import Unit
 from wanoffload.weights import Weights
 

@@ -51,7 +51,7 @@ class BlockBinding(Protocol):
 class ModelBinding(Protocol):
     """What the hooks ask of a model's offloader."""
 
-    def begin_forward(self, model: nn.Module) -> None: ...
+    def begin_forward(self, model: nn.Module, inputs: Any) -> None: ...
     def end_forward(self, completed: bool) -> None: ...
     def refuse_other_thread(self, what: str) -> None: ...
     def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]: ...
@@ -200,7 +200,7 @@ def _model_forward(model: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -
         return call_inner(model, inner, args, kwargs)
     completed = False
     try:
-        binding.begin_forward(model)
+        binding.begin_forward(model, (args, kwargs))
         output = call_inner(model, inner, args, kwargs)
         completed = True
         return output

@@ -8,12 +8,12 @@ import torch
 
 from wanoffload import host_memory, image
 from wanoffload._C import Backend, HostImage, HostMemoryError, HostStore, Image, PackedImage
+from wanoffload.device_memory import SlotMemory
 from wanoffload.host_tiers import AUTO, DISK, PINNED, HostChoice, HostPlan, with_sizes
 from wanoffload.image import ImageLayout, leave_unlocked
 from wanoffload.locking import Locking
 from wanoffload.pack_choice import Cached
 from wanoffload.packing import HEAD_BYTES, HostPacking, Packing, packed_size
-from wanoffload.runtime import SlotMemory
 from wanoffload.shared_arena import SharedArena
 from wanoffload.sizes import gb
 from wanoffload.units import Unit

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +24,15 @@ from wanoffload._C import (
     Prefetcher,
     fingerprint,
 )
+from wanoffload.activations import Activations, TorchMemory
 from wanoffload.binding import Binding
-from wanoffload.errors import ConcurrentForwardError, MoveError, WrapError
+from wanoffload.budget import Budget
+from wanoffload.device_memory import Homes, SlotMemory, Wanted, no_memory
+from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.recently_read import RecentlyRead
+from wanoffload.residency import Rates, Residency, UnitBytes, allocated, choose
 from wanoffload.step_time import StepTime
 
 logger = logging.getLogger(__name__)
@@ -34,6 +40,8 @@ logger = logging.getLogger(__name__)
 UNPACKED_UNITS = 2
 """So many stand unpacked on the host, besides those that somebody holds, when packed weights are
 read; and so many more when they are written to."""
+FIRST_FILL_DEPTH = 2
+"""Blocks on their way home ahead of the one that computes, where all stay on the device."""
 STAGING_SLOTS = 3
 """Packed chunks on the device at once: one is copied, one unpacked, one evens that out. A chunk is
 48 MiB at most (docs/packing.md): the larger, the fewer gaps between copies."""
@@ -51,7 +59,10 @@ class Stats:
     page-locked; `staging_bytes`: on the device, where packed chunks are unpacked from, 0 where
     nothing is packed. `slots`, `slot_bytes`, `ring_bytes` and `staging_bytes` are 0 while the
     offloader is paused. `packed_units`: blocks whose images are packed; bytes of them are packed
-    bytes.
+    bytes. `resident_units`: blocks that stay on the device, plain; `kept_packed_units`: those that
+    stay there packed and are unpacked for each use; `resident_bytes`: of both, on the device;
+    `device_bytes`: of all weights on the device, as the allocator counts them: what `vram_budget`
+    limits.
     `predicted_step_seconds`: of a denoising step,
     by the plan; `measured_step_seconds`: of the second step. None where nothing was predicted, or
     the device has not got that far.
@@ -77,6 +88,10 @@ class Stats:
     measured_step_seconds: float | None = None
     packed_units: int = 0
     staging_bytes: int = 0
+    resident_units: int = 0
+    kept_packed_units: int = 0
+    resident_bytes: int = 0
+    device_bytes: int = 0
 
 
 _COUNTS = ("acquires", "cold", "fetches", "bytes_fetched", "invalidations", "failures")
@@ -87,53 +102,15 @@ def backend_for(device: torch.device) -> Backend:
     return CudaBackend(device.index) if device.type == "cuda" else HostBackend()
 
 
-class SlotMemory:
-    """The device slots: one allocation of torch's, so that `torch.cuda.memory_*` tells the truth.
-
-    A unit's image starts at a multiple of 256 bytes, never at 0: the compiler treats views at the
-    start of a storage apart from others, and would compile twice.
-    """
-
-    def __init__(self, count: int, slot_bytes: int, device: torch.device) -> None:
-        self.count = count
-        self.slot_bytes = slot_bytes
-        self.lead = image.ALIGNMENT
-        nbytes = self.lead + count * slot_bytes if count else 0
-        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._storage = self.memory.untyped_storage().data_ptr()
-        if device.type == "cuda":
-            # The allocator may hand out memory that queued kernels still use, in the order of
-            # their stream; copies come on another one.
-            torch.cuda.current_stream(device).synchronize()
-
-    @property
-    def nbytes(self) -> int:
-        return self.memory.numel()
-
-    def start(self, slot: int) -> int:
-        """Where a slot begins in `memory`."""
-        return self.lead + slot * self.slot_bytes
-
-    def addresses(self) -> list[int]:
-        return [self.memory.data_ptr() + self.start(slot) for slot in range(self.count)]
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a view of the slots."""
-        if tensor.device != self.memory.device or tensor.layout != torch.strided:
-            return False
-        return tensor.untyped_storage().data_ptr() == self._storage
-
-    def window(self, slot: int, nbytes: int) -> Tensor:
-        return self.memory[self.start(slot) : self.start(slot) + nbytes]
-
-
-def _no_memory() -> SlotMemory:
-    return SlotMemory(0, 0, torch.device("cpu"))
-
-
-def _largest_chunk(image: Image) -> int:
+def _largest_chunk(stored: Image) -> int:
     """Bytes of the staging memory that the image needs at once; 0: it is not packed."""
-    return image.largest_chunk if isinstance(image, PackedImage) else 0
+    return stored.largest_chunk if isinstance(stored, PackedImage) else 0
+
+
+def _give_back_cached(device: torch.device) -> None:
+    """What torch's allocator keeps for later goes back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Offloader(hooks.Attached):
@@ -151,16 +128,21 @@ class Offloader(hooks.Attached):
         device: torch.device,
         backend: Backend,
         slots: SlotMemory,
-        prefetch: int,
+        prefetch: int | None,
         host_plan: HostPlan,
         verify: bool,
+        budget: Budget = Budget(),  # noqa: B008 (it is frozen)
+        others: int = 0,
+        rates: Rates | None = None,
     ) -> None:
         self.device = device
         self.verify = verify
         self.host_plan = host_plan
         self.pack = 0.0
         self.slots = slots
-        self.staging = _no_memory()
+        self.staging = no_memory()
+        self.homes = Homes(device)
+        self.residency: Residency  # chosen by connect()
         self.bindings: list[Binding] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
         self.moving_all = False
@@ -170,8 +152,10 @@ class Offloader(hooks.Attached):
         self.recently_read = RecentlyRead(UNPACKED_UNITS * slots.slot_bytes)
         self._written: dict[int, Binding] = {}  # not packed again yet, the latest last
         self._prefetch = prefetch
-        self._slot_count = slots.count
-        self._slot_bytes = slots.slot_bytes
+        self._budget = budget
+        self._others = others  # bytes on the device of what is not in blocks
+        self._rates = rates
+        self._activations = self._watch(budget)
         self._poison: int | None = None
         self._slot_owner: list[Tensor] = []
         self._prefetcher: Prefetcher  # made by connect()
@@ -191,38 +175,102 @@ class Offloader(hooks.Attached):
         """Makes the engine and hands it the images of all blocks, in the order of their use."""
         self.bindings = bindings
         self._order = list(range(len(bindings)))
+        for number, binding in enumerate(bindings):
+            binding.index = number
+        self._take_memory(self._choose(self._budget))
         self._make_engine()
 
+    # Memory of the device.
+
+    def _watch(self, budget: Budget) -> Activations | None:
+        """Who finds out what an automatic budget is."""
+        return Activations(TorchMemory(self.device)) if budget.auto else None
+
+    def _choose(self, budget: Budget) -> Residency:
+        """What stays on the device, by what the blocks take now. Raises WrapError if the budget is
+        too small."""
+        sizes = [
+            UnitBytes(binding.layout.nbytes, binding.image.nbytes, binding.packed)
+            for binding in self.bindings
+        ]
+        chunk = max((_largest_chunk(binding.image) for binding in self.bindings), default=0)
+        return choose(
+            sizes,
+            budget.nbytes,
+            others=self._others,
+            prefetch=self._prefetch,
+            rates=self._rates,
+            largest_chunk=chunk,
+        )
+
+    def _take_memory(self, residency: Residency) -> None:
+        """Slots, staging memory and homes as it says; what is there stays. No engine is open.
+
+        Raises torch.OutOfMemoryError. What was taken until then is kept by `homes` and `slots`.
+        """
+        self.residency = residency
+        wanted = self._wanted(residency)
+        self.homes.keep_only(wanted)
+        with ordinary_tensors():
+            if (self.slots.count, self.slots.slot_bytes) != (residency.slots, residency.slot_bytes):
+                self.slots = no_memory()
+                self.slots = SlotMemory(residency.slots, residency.slot_bytes, self.device)
+            self.staging = self._make_staging(residency)
+            self.homes.make(wanted)
+        logger.info("%s", residency.sentence)
+
+    def _wanted(self, residency: Residency) -> dict[int, Wanted]:
+        """The homes of a residency."""
+        plain = {n: Wanted(self.bindings[n].layout.nbytes, False) for n in residency.resident}
+        packed = {n: Wanted(self.bindings[n].image.nbytes, True) for n in residency.kept_packed}
+        return plain | packed
+
     def _make_engine(self) -> None:
-        """An engine over the slots, and over staging memory where something is packed."""
-        self.staging = self._make_staging()
+        """An engine over the memory that was taken."""
+        homes = [home.place.memory for home in self.homes.units.values()]
         # The engine keeps this list alive, and so the memory until it has closed.
-        self._slot_owner = [self.slots.memory, self.staging.memory]
+        self._slot_owner = [self.slots.memory, self.staging.memory, *homes]
         self._prefetcher = Prefetcher(
             self._backend,
             self.slots.addresses(),
             self.slots.slot_bytes,
             self._slot_owner,
-            depth=self._prefetch,
+            depth=self.residency.depth if self.residency.slots else FIRST_FILL_DEPTH,
             ring_chunks=self.host_plan.ring_chunks,
             ring_chunk_bytes=CHUNK_BYTES,
             staging=self.staging.addresses(),
             staging_bytes=self.staging.slot_bytes,
+            unpacks_in_place=any(binding.packed for binding in self.bindings),
         )
         self._connected = True
         self._prefetcher.set_poison(self._poison)
-        for binding in self.bindings:
-            binding.index = self._prefetcher.add_unit(binding.image)
+        for number, binding in enumerate(self.bindings):
+            self._add_unit(number, binding)
         self._prefetcher.set_order(self._order)
 
-    def _make_staging(self) -> SlotMemory:
-        """For the largest chunk of what is packed now."""
-        largest = max((_largest_chunk(binding.image) for binding in self.bindings), default=0)
-        if largest == 0:
-            return _no_memory()
-        self._prepare_unpacking()
-        with ordinary_tensors():
-            return SlotMemory(STAGING_SLOTS, largest, self.device)
+    def _add_unit(self, number: int, binding: Binding) -> None:
+        if (home := self.homes.get(number)) is None:
+            self._prefetcher.add_unit(binding.image)
+            return
+        self._prefetcher.add_unit(
+            binding.image,
+            home=home.place.addresses()[0],
+            home_bytes=home.place.slot_bytes,
+            as_stored=home.wanted.as_stored,
+            filled=home.filled,
+        )
+        home.stale = False
+
+    def _make_staging(self, residency: Residency) -> SlotMemory:
+        """For the largest chunk of what comes packed over the link: always, or to its home."""
+        if any(binding.packed for binding in self.bindings):
+            self._prepare_unpacking()
+        over_link = [b for n, b in enumerate(self.bindings) if n not in residency.kept_packed]
+        largest = max((_largest_chunk(binding.image) for binding in over_link), default=0)
+        if largest == self.staging.slot_bytes:
+            return self.staging
+        self.staging = no_memory()
+        return SlotMemory(STAGING_SLOTS, largest, self.device) if largest else no_memory()
 
     def _prepare_unpacking(self) -> None:
         """Gives the backend its kernel, once."""
@@ -255,22 +303,40 @@ class Offloader(hooks.Attached):
         """Where each block's image stands: "pinned", "pageable" or "disk"."""
         return [binding.tier for binding in self.bindings]
 
-    def replace(self, index: int, image: Image) -> None:
+    def replace(self, index: int, new: Image) -> None:
         """Another image stands in the place of a block's from here on.
 
         Not inside of a block. One that is packed into larger chunks than the staging memory holds
         ends the engine, until the next forward makes one with more.
         """
-        if self._closed or self._paused:
-            return
-        if _largest_chunk(image) > self.staging.slot_bytes:
-            self._pause()
-        else:
-            self._prefetcher.replace_unit(index, image)
+        if not self._closed and not self._paused:
+            if self._fits(index, new):
+                return self._prefetcher.replace_unit(index, new)
+            self._pause(keep_homes=True)
+        self.homes.spoil(index)
+
+    def _fits(self, index: int, new: Image) -> bool:
+        """Whether the engine's memory, as it is, is enough for another image of a block."""
+        if index in self.residency.kept_packed:  # its home has the size of its packed bytes
+            return False
+        return _largest_chunk(new) <= self.staging.slot_bytes
 
     def invalidate(self, index: int) -> None:
-        if not self._closed and not self._paused:
+        if self._closed or self._paused:
+            self.homes.spoil(index)
+        else:
             self._prefetcher.invalidate(index)
+
+    def place(self, index: int, slot: int) -> tuple[Tensor, int]:
+        """(memory, where in it) of the slot or home that `acquire` gave for a block."""
+        if slot < self.slots.count:
+            return self.slots.memory, self.slots.start(slot)
+        home = self.homes[index].place
+        return home.memory, home.start(0)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a view of the weights on the device."""
+        return self.slots.holds(tensor) or self.homes.holds(tensor)
 
     # Packed units, between forwards.
 
@@ -345,7 +411,7 @@ class Offloader(hooks.Attached):
                 "the slots in part; wait until the forward has ended"
             )
 
-    def begin_forward(self, model: nn.Module) -> None:
+    def begin_forward(self, model: nn.Module, inputs: Any) -> None:
         if (hook := units.foreign_hook(model)) is not None:
             raise WrapError(
                 f"{hook} was put on a wrapped model; it moves the same weights. Call "
@@ -363,10 +429,30 @@ class Offloader(hooks.Attached):
         if self.before_forward is not None:
             self.before_forward()
         self._settle_packed()
+        if self._activations is not None:
+            self._leave_room(self._activations, inputs)
         self.resume()
         self._recover()
         self._sequence.clear()
         self._step_time.begin_forward()
+        if self._activations is not None:
+            self._activations.begin()
+
+    def _leave_room(self, activations: Activations, inputs: Any) -> None:
+        """The weights' ceiling is what the activations of these inputs leave."""
+        room = activations.room(inputs, self.device_bytes)
+        self._budget = replace(self._budget, nbytes=room)
+        if self._paused:
+            return
+        too_much = self.homes.nbytes > 0 and (room is None or room < self.device_bytes)
+        enough = room is not None and room >= self.device_bytes + allocated(self._largest())
+        more = enough and activations.again and len(self.residency.resident) < len(self.bindings)
+        if too_much or more:
+            self._recover()
+            self._pause(keep_homes=True)
+            if too_much:
+                self.homes.keep_only(self._wanted(self._choose_within(room)))
+                activations.tidy()
 
     def end_forward(self, completed: bool) -> None:
         if not self.in_forward():
@@ -374,11 +460,18 @@ class Offloader(hooks.Attached):
         try:
             self._recover()
             self._step_time.end_forward(completed)
+            if self._activations is not None:
+                self._look_at_activations(self._activations, completed)
             if completed:
                 self._forwards += 1
                 self._learn_order()
         finally:
             self._leave_thread()
+
+    def _look_at_activations(self, activations: Activations, completed: bool) -> None:
+        if isinstance(sys.exc_info()[1], torch.OutOfMemoryError):
+            activations.ran_out(allocated(self._largest()))
+        activations.end(completed)
 
     def forget_forward(self) -> None:
         """Ends a forward of this thread that was interrupted while it ended, if there is one.
@@ -421,12 +514,19 @@ class Offloader(hooks.Attached):
         return self._backend
 
     @property
-    def prefetch(self) -> int:
-        """Blocks that are fetched ahead."""
+    def budget(self) -> Budget:
+        """What the weights may take on the device."""
+        return self._budget
+
+    @property
+    def prefetch(self) -> int | None:
+        """Blocks that are fetched ahead, as asked for; None: as the budget's plan has it."""
         return self._prefetch
 
-    def pause(self) -> None:
+    def pause(self, keep_residents: bool = False) -> None:
         """Gives the device's memory and the pinned ring back until the next forward. Idempotent.
+
+        `keep_residents`: but for the blocks that stay on the device.
 
         Ends prefetching, and waits on the host for the copies in flight and for what the device
         still reads from the slots. The weights stay page-locked, true and writable. The next
@@ -440,42 +540,113 @@ class Offloader(hooks.Attached):
         if not self._enter_thread("pause()"):
             raise ConcurrentForwardError("a forward of this model is running: pause it afterwards")
         try:
-            self._pause()
+            self._pause(keep_homes=keep_residents)
         finally:
             self._leave_thread()
 
-    def _pause(self) -> None:
+    def _pause(self, keep_homes: bool = False) -> None:
         self._paused = True
         self._step_time.restart()
-        self._let_slots_go()
+        self._let_slots_go(keep_homes)
 
-    def set_prefetch(self, prefetch: int) -> None:
+    def set_prefetch(self, prefetch: int | None) -> None:
         """Another number of blocks ahead, and of slots, from the next forward on. Pauses."""
         self.pause()
-        self._prefetch = min(prefetch, len(self.bindings))
-        self._slot_count = min(prefetch + 1, len(self.bindings))
+        self._prefetch = prefetch
 
-    def _let_slots_go(self) -> None:
+    def set_budget(self, vram_budget: int | str | float | None) -> None:
+        """Another ceiling for what the weights take on the device; as of `wrap`.
+
+        Blocks that stay on the device under both ceilings are not moved: what is new comes with the
+        next forward, what is too much is given back now. Waits for the device. Raises WrapError for
+        a budget that is too small, ConcurrentForwardError during a forward, torch.OutOfMemoryError
+        if the device has less; the ceiling is then what it was.
+        """
+        if self._closed:
+            raise ClosedError(
+                "this model's offloader is closed: unwrap the model and wrap it again"
+            )
+        budget = Budget.of(vram_budget, self.device, self.device_bytes)
+        self._choose(budget)
+        if not self._enter_thread("set_budget()"):
+            raise ConcurrentForwardError("a forward of this model is running: set it afterwards")
+        before, self._budget = self._budget, budget
+        try:
+            self._rebuild()
+            self._activations = self._watch(budget)
+        except torch.OutOfMemoryError:
+            self._budget = before
+            raise
+        finally:
+            self._leave_thread()
+
+    def _rebuild(self) -> None:
+        """Another engine, with what the budget says now; a paused one is made when it is used."""
+        if self._paused:
+            self.homes.keep_only(self._wanted(self._choose(self._budget)))
+            return
+        self._pause(keep_homes=True)
+        self.resume(exactly=True)
+
+    def _let_slots_go(self, keep_homes: bool = False) -> None:
         if self._connected:
             self._prefetcher.close()
+            self._connected = False
+            for number, home in self.homes.units.items():
+                home.filled = not home.stale and self._prefetcher.home_filled(number)
         for binding in self.bindings:
             binding.forget_views()
         self._slot_owner.clear()
-        self.slots = self.staging = _no_memory()
+        self.slots = self.staging = no_memory()
+        if not keep_homes:
+            self.homes.keep_only({})
 
-    def resume(self) -> None:
-        """New slots and a new engine, with the same units in the same order, if it was paused."""
+    def resume(self, exactly: bool = False) -> None:
+        """New slots and a new engine, with the same units in the same order, if it was paused.
+
+        Raises torch.OutOfMemoryError if there is too little for the slots, and is paused then.
+        `exactly`: also if there is too little for what the budget would have stay on the device;
+        else less stays.
+        """
         if not self._paused or self._closed:
             return
-        self._let_slots_go()  # what a pause that stalled left
-        with ordinary_tensors():
-            self.slots = SlotMemory(self._slot_count, self._slot_bytes, self.device)
+        self._let_slots_go(keep_homes=True)  # what a pause that stalled left
+        wanted = self._choose_within(self._budget.nbytes) if self._budget.auto else None
+        self._take_what_is_there(wanted or self._choose(self._budget), exactly)
         for name in _COUNTS:
             self._past[name] += getattr(self._prefetcher.stats(), name)
         self._prefetcher.reset_stats()
         self._make_engine()
         self._paused = False
         self._prefetcher.prefetch()
+
+    def _take_what_is_there(self, residency: Residency, exactly: bool) -> None:
+        try:
+            self._take_memory(residency)
+        except torch.OutOfMemoryError:
+            had = self.homes.nbytes
+            self._let_slots_go()
+            _give_back_cached(self.device)
+            if exactly or not had:
+                raise
+            # Less by what could not be had, and by one block more, for others.
+            less = residency.device_bytes - self._home_bytes(residency) + had - self._largest()
+            logger.warning("the device has too little memory for %s", residency.sentence)
+            self._take_what_is_there(self._choose_within(less), exactly)
+
+    def _choose_within(self, nbytes: int | None) -> Residency:
+        """The residency of a smaller budget; where that is too small, nothing stays."""
+        try:
+            return self._choose(replace(self._budget, nbytes=nbytes))
+        except WrapError:
+            return self._choose(Budget())
+
+    def _home_bytes(self, residency: Residency) -> int:
+        wanted = self._wanted(residency).values()
+        return sum(allocated(image.ALIGNMENT + each.nbytes) for each in wanted)
+
+    def _largest(self) -> int:
+        return max(binding.layout.nbytes for binding in self.bindings)
 
     # Moving the model.
 
@@ -535,7 +706,17 @@ class Offloader(hooks.Attached):
             measured_step_seconds=self._step_time.measured(),
             packed_units=sum(isinstance(binding.image, PackedImage) for binding in self.bindings),
             staging_bytes=self.staging.nbytes,
+            resident_units=sum(not h.wanted.as_stored for h in self.homes.units.values()),
+            kept_packed_units=sum(h.wanted.as_stored for h in self.homes.units.values()),
+            resident_bytes=sum(home.place.nbytes for home in self.homes.units.values()),
+            device_bytes=self.device_bytes,
         )
+
+    @property
+    def device_bytes(self) -> int:
+        """Of all weights on the device, now, as the allocator counts them."""
+        passing = allocated(self.slots.nbytes) + allocated(self.staging.nbytes)
+        return self._others + passing + self.homes.nbytes
 
     def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:
         """What a denoising step should take; the second step from here on is measured."""
@@ -565,9 +746,10 @@ class Offloader(hooks.Attached):
         self._poison = value
         self._prefetcher.set_poison(value)
 
-    def slot_fingerprint(self, slot: int, nbytes: int) -> int:
-        """The fingerprint of the first bytes of a slot. Waits for the device."""
-        window = self.slots.window(slot, nbytes)
+    def slot_fingerprint(self, index: int, slot: int, nbytes: int) -> int:
+        """The fingerprint of a block's bytes in its slot or home. Waits for the device."""
+        memory, start = self.place(index, slot)
+        window = memory[start : start + nbytes]
         if self.device.type != "cuda":
             return fingerprint(window.data_ptr(), nbytes)
         from wanoffload.kernels.fingerprint import fingerprint as device_fingerprint

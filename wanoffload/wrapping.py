@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from wanoffload import hooks, host_memory, image
+from wanoffload import hooks, host_memory, image, residency
 from wanoffload._C import Backend, HostImage, HostStore
 from wanoffload.binding import Binding
+from wanoffload.budget import Budget, BudgetLike
+from wanoffload.device_memory import SlotMemory, as_allocated
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import AUTO, DISK, HostChoice, HostPlan, assign
@@ -24,10 +26,10 @@ from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.pack_choice import AUTO_PACK, Pack, Packable, check_pack, choose
 from wanoffload.packing import estimated_bytes, packs, stored_image
 from wanoffload.placing import Placing
-from wanoffload.runtime import Offloader, SlotMemory, backend_for
+from wanoffload.runtime import Offloader, backend_for
 from wanoffload.shared_arena import SharedArena, check_name
 from wanoffload.sharing import joined
-from wanoffload.units import Unit, check_wrappable, find_units
+from wanoffload.units import Unit, check_wrappable, find_units, tie_key
 from wanoffload.weights import OwnTensors, Weights
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,10 @@ NOT_LOCKED = 0.1
 
 def wrap(
     transformer: nn.Module,
-    prefetch: int = 2,
+    prefetch: int | None = 2,
     *,
     device: torch.device | str | int | None = None,
+    vram_budget: int | str | float | None = None,
     host: str = AUTO,
     host_budget: int | str | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -65,9 +68,15 @@ def wrap(
         prefetch: blocks fetched ahead of the one that computes; the device holds `prefetch + 1`
             slots of the largest block's size (never more than there are blocks). 0 fetches each
             block when it is needed. 1 is enough to hide copies behind compute; 2 evens out blocks
-            of different length.
+            of different length. None: as is best within `vram_budget`; 2 without one.
         device: where it computes. Default: the current CUDA device, else the CPU, where the same
             engine runs on threads.
+        vram_budget: what the weights may take on the device, all together, slots included: bytes,
+            text such as "12GiB", or a fraction of what is free there now. As many blocks as fit
+            stay on the device once they have come, evenly between those that are streamed; with
+            `pack`, packed as long as the link is the limit. A hard ceiling: what activations take
+            comes on top. None: no block stays. See `offloader(transformer).residency` for what was
+            chosen, and `.set_budget()` to change it.
         host: where the weights stand on the host. "pinned": page-locked memory, one copy at the
             link's rate. "pageable": ordinary memory, copied through a page-locked ring of 128 MiB.
             "disk": in a file, read for each use through a ring of 1 GiB at most. "auto": pinned, as
@@ -100,7 +109,8 @@ def wrap(
         CacheFileError: the cache file is spoilt or another model's, or can't be written. The model
             is as it was, and so is the file.
         ShareError: under this name the processes of this user share another model, or can't share.
-        torch.OutOfMemoryError: too little device memory for the slots. The model is as it was.
+        torch.OutOfMemoryError: too little device memory for the slots, or for what is to stay. The
+            model is as it was.
     """
     choice = HostChoice.of(host, host_budget)
     check_pack(pack)
@@ -108,6 +118,7 @@ def wrap(
         transformer,
         prefetch,
         device=device,
+        vram_budget=vram_budget,
         host=choice,
         cache=cache,
         share=share,
@@ -119,9 +130,10 @@ def wrap(
 
 def stream(
     module: nn.Module,
-    prefetch: int,
+    prefetch: int | None,
     *,
     device: torch.device | str | int | None = None,
+    vram_budget: BudgetLike = None,
     host: HostChoice = HostChoice(),  # noqa: B008 (it is frozen)
     cache: str | os.PathLike[str] | None = None,
     share: str | None = None,
@@ -150,6 +162,7 @@ def stream(
         weights,
         prefetch,
         target,
+        vram_budget=vram_budget,
         host=host,
         share=share,
         pack=pack,
@@ -161,9 +174,10 @@ def stream(
 def start(
     module: nn.Module,
     weights: Weights,
-    prefetch: int,
+    prefetch: int | None,
     device: torch.device,
     *,
+    vram_budget: BudgetLike = None,
     host: HostChoice,
     share: str | None = None,
     pack: Pack = None,
@@ -177,6 +191,7 @@ def start(
     the bar has this title.
     """
     _check_share(share, host, pack)
+    budget = Budget.of(vram_budget, device)
     what = f"{title} {type(module).__name__}"
     units = find_units(module)
     layouts = [
@@ -206,6 +221,7 @@ def start(
             backend,
             arena,
             prefetch,
+            budget,
             verify,
             bar,
         ).run()
@@ -352,11 +368,12 @@ def _check_module(transformer: nn.Module) -> None:
 
 
 def check_options(
-    prefetch: int, cache: str | os.PathLike[str] | None, share: str | None, verify: bool
+    prefetch: int | None, cache: str | os.PathLike[str] | None, share: str | None, verify: bool
 ) -> None:
     """Raises WrapError for an option of `wrap` and `load` that can't be used."""
-    if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
-        raise WrapError(f"prefetch is a number of blocks, 0 or more, not {prefetch!r}")
+    number = isinstance(prefetch, int) and not isinstance(prefetch, bool) and prefetch >= 0
+    if prefetch is not None and not number:
+        raise WrapError(f"prefetch is a number of blocks, 0 or more, or None, not {prefetch!r}")
     if cache is not None and not isinstance(cache, (str, os.PathLike)):
         raise WrapError(f"cache is the path of a file, not {cache!r}")
     if not isinstance(verify, bool):
@@ -399,7 +416,8 @@ class _Wrapping:
         device: torch.device,
         backend: Backend,
         arena: SharedArena | None,
-        prefetch: int,
+        prefetch: int | None,
+        budget: Budget,
         verify: bool,
         progress: tqdm[NoReturn],
     ) -> None:
@@ -412,6 +430,7 @@ class _Wrapping:
         self.backend = backend
         self.arena = arena
         self.prefetch = prefetch
+        self.budget = budget
         self.verify = verify
         self.progress = progress
         self.runtime: Offloader | None = None
@@ -433,15 +452,40 @@ class _Wrapping:
 
     def _make_runtime(self) -> Offloader:
         slot_bytes = max(layout.nbytes for layout in self.layouts)
-        count = min(self.prefetch + 1, len(self.units))
+        expected = self._expected_residency()
+        # One at least, of the largest size: blocks are packed there.
+        slots = SlotMemory(max(1, expected.slots), slot_bytes, self.device)
         return Offloader(
             device=self.device,
             backend=self.backend,
-            slots=SlotMemory(count, slot_bytes, self.device),
-            prefetch=min(self.prefetch, len(self.units)),
+            slots=slots,
+            prefetch=self.prefetch,
             host_plan=self.placing.plan,
             verify=self.verify,
+            budget=self.budget,
+            others=self._bytes_of_others(),
         )
+
+    def _expected_residency(self) -> residency.Residency:
+        """By what packed blocks are expected to take. Raises WrapError if the budget is too small
+        for any."""
+        plan = self.placing.plan
+        sizes = [
+            residency.UnitBytes(layout.nbytes, plan.sizes[number], number in plan.packed)
+            for number, layout in enumerate(self.layouts)
+        ]
+        return residency.choose(
+            sizes, self.budget.nbytes, others=self._bytes_of_others(), prefetch=self.prefetch
+        )
+
+    def _bytes_of_others(self) -> int:
+        """What stays on the device besides blocks, as the allocator counts it."""
+        streamed = {
+            id(entry.tensor) for unit in self.units for group in unit.groups for entry in group
+        }
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        others = {tie_key(t): t.nbytes for t in tensors if id(t) not in streamed}
+        return sum(as_allocated(nbytes) for nbytes in others.values())
 
     def _place_others(self, runtime: Offloader) -> None:
         """What is not streamed: it is noted, so that what is added later is told from it."""

@@ -30,8 +30,9 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
-    prefetch: int = 2,
+    prefetch: int | None = 2,
     device: torch.device | str | int | None = None,
+    vram_budget: int | str | float | None = None,
     host: str = AUTO,
     host_budget: int | str | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -54,10 +55,10 @@ def load(
         subfolder, variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
         torch_dtype: as of `from_pretrained`, with what the class keeps in fp32. None: what the
             class is constructed in, which is fp32 as a rule, whatever the checkpoint holds.
-        prefetch, device, host, host_budget, share, pack, verify: as of `wrap`. With "disk" (or
-            "auto", where memory is short) blocks stay in the checkpoint's own files and are read
-            from there, which must stay as they are; it takes a checkpoint that holds the dtypes to
-            be used, and packed blocks take a cache file.
+        prefetch, device, vram_budget, host, host_budget, share, pack, verify: as of `wrap`. With
+            "disk" (or "auto", where memory is short) blocks stay in the checkpoint's own files and
+            are read from there, which must stay as they are; it takes a checkpoint that holds the
+            dtypes to be used, and packed blocks take a cache file.
         cache: a file that holds the blocks in the dtypes in which they are streamed
             (docs/cache-file.md), packed or plain. Read in place of the checkpoint's if it is of
             this checkpoint; written if it is not there.
@@ -93,6 +94,7 @@ def load(
         unread.weights(target),
         prefetch,
         target,
+        vram_budget=vram_budget,
         host=choice,
         share=share,
         pack=pack,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wanoffload import hooks, wrapping
+from wanoffload.budget import Budget
 from wanoffload.host_tiers import DISK, HostChoice
 from wanoffload.runtime import Offloader
 
@@ -19,8 +20,9 @@ class Found:
 
     module: nn.Module
     runtime: Offloader
-    prefetch: int
+    prefetch: int | None
     pack: float
+    budget: Budget
 
     def give_back(self) -> Found:
         """Wrapped as it was: by the same runtime, or, if it was unwrapped since, by a new one."""
@@ -32,6 +34,7 @@ class Found:
             self.module,
             self.prefetch,
             device=self.runtime.device,
+            vram_budget=self.budget,
             host=self._host(),
             pack=self.pack,
             verify=self.runtime.verify,
@@ -50,7 +53,7 @@ def find_wrapped(module: nn.Module) -> Found | None:
     runtime = hooks.attached(module)
     if not isinstance(runtime, Offloader):
         return None
-    return Found(module, runtime, runtime.prefetch, runtime.pack)
+    return Found(module, runtime, runtime.prefetch, runtime.pack, runtime.budget)
 
 
 def why_not(module: nn.Module, device: torch.device, *, is_dit: bool) -> str | None:
@@ -79,6 +82,7 @@ def packed(modules: Iterable[nn.Module]) -> bool | None:
 
 
 def blocks_ahead(modules: Iterable[nn.Module]) -> int | None:
-    """The prefetch with which transformers were wrapped, the largest; None: none was."""
-    ahead = [known.prefetch for known in map(find_wrapped, modules) if known is not None]
-    return max(ahead, default=None)
+    """The prefetch with which transformers were wrapped, the largest; None: none was, or none with
+    a number."""
+    found = [known.prefetch for known in map(find_wrapped, modules) if known is not None]
+    return max((ahead for ahead in found if ahead is not None), default=None)

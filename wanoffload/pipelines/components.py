@@ -41,7 +41,8 @@ OTHER = "other"
 @dataclass(frozen=True)
 class Treatment:
     """How a component is run. `prefetch`: of a streamed one, in blocks. `pack`: of a streamed DiT,
-    the share of its blocks that is packed; None: nothing was said of it.
+    the share of its blocks that is packed; None: nothing was said of it. `budget`: of a streamed
+    DiT, what its weights may take on the device; None: no block stays there.
 
     Parked: the component goes to the device as a whole for its use. Streamed: a DiT's blocks pass
     through slots and the rest stays on the device; of an encoder, the rest goes to the device and
@@ -51,6 +52,7 @@ class Treatment:
     kind: str
     prefetch: int = 0
     pack: float | None = None
+    budget: int | None = None
 
 
 class Acted(Protocol):
@@ -74,6 +76,8 @@ class Acted(Protocol):
     def use_fsdp_inference(self) -> bool: ...
     @property
     def pack_share(self) -> float | None: ...
+    @property
+    def budget_of_one(self) -> int | None: ...
 
 
 def role(name: str) -> str:
@@ -104,7 +108,9 @@ def _dit(plan: Acted) -> Treatment:
         return Treatment(UNTOUCHED)
     if plan.dit_layerwise_offload:  # with dit_cpu_offload too: its weights start on the host
         assert plan.dit_offload_prefetch_size is not None
-        return Treatment(STREAMED, plan.dit_offload_prefetch_size, plan.pack_share)
+        return Treatment(
+            STREAMED, plan.dit_offload_prefetch_size, plan.pack_share, plan.budget_of_one
+        )
     return Treatment(PARKED if plan.dit_cpu_offload else RESIDENT)
 
 
@@ -223,7 +229,7 @@ class Component:
         if self._unread is not None:
             self._read(self._unread, wanted, progress, host)
         if self.runtime is not None and (was_unread or self._is_streamed_as(wanted)):
-            self._keep_streaming(self.runtime, wanted.prefetch)
+            self._keep_streaming(self.runtime, wanted)
         else:
             self._let_go()
             self._begin(wanted, progress, host)
@@ -244,14 +250,16 @@ class Component:
             self.module.to(self.device)
 
     def _is_streamed_as(self, wanted: Treatment) -> bool:
-        """Whether nothing but the prefetch differs."""
+        """Whether nothing but prefetch and budget differ."""
         if self.runtime is None or wanted.kind != STREAMED:
             return False
         return role(self.name) != DIT or wanted.pack in (None, self.packed)
 
-    def _keep_streaming(self, runtime: Offloader, prefetch: int) -> None:
-        runtime.set_prefetch(prefetch)  # which also pauses it, until it is the tenant
+    def _keep_streaming(self, runtime: Offloader, wanted: Treatment) -> None:
+        runtime.set_prefetch(wanted.prefetch)  # which also pauses it, until it is the tenant
         if role(self.name) == DIT:
+            if wanted.budget is not None:
+                runtime.set_budget(wanted.budget)
             self._come_with_forwards(runtime)
 
     def _read(
@@ -265,6 +273,7 @@ class Component:
             unread.weights(self.device),
             wanted.prefetch,
             self.device,
+            vram_budget=wanted.budget,
             host=host,
             share=None if host.kind == DISK else unread.share,
             pack=wanted.pack,
@@ -282,7 +291,7 @@ class Component:
         self._come_with_forwards(self.runtime)
 
     def _come_with_forwards(self, runtime: Offloader) -> None:
-        tenant = StreamedTenant(runtime)
+        tenant = StreamedTenant(self.floor, runtime)
         runtime.before_forward = lambda: self.floor.enter(tenant)
 
     def _stream_encoder(
@@ -304,6 +313,7 @@ class Component:
             module,
             wanted.prefetch,
             device=self.device,
+            vram_budget=wanted.budget,
             host=host,
             pack=wanted.pack,
             rest=rest,

@@ -37,6 +37,8 @@ class Floor(hooks.Attached):
 
     def __init__(self) -> None:
         self.tenant: Tenant | None = None
+        self.residents: Offloader | None = None
+        """Of whom blocks stayed here when it went home."""
         self._settled = False  # the tenant is there, all of it
 
     def enter(self, tenant: Tenant) -> None:
@@ -64,16 +66,25 @@ class Floor(hooks.Attached):
 
 
 class StreamedTenant:
-    """A streamed DiT: its slots come with its forward, and go when another tenant comes."""
+    """A streamed DiT: its slots come with its forward, and go when another tenant comes.
 
-    def __init__(self, runtime: Offloader) -> None:
+    What it has on the device by a budget that was given stays there, from call to call, until
+    another DiT comes: one budget is for both.
+    """
+
+    def __init__(self, floor: Floor, runtime: Offloader) -> None:
+        self.floor = floor
         self.runtime = runtime
 
     def arrive(self) -> None:
-        """Nothing to do: the offloader resumes by itself."""
+        """The offloader resumes by itself. Another's blocks make room."""
+        if self.floor.residents not in (None, self.runtime):
+            assert self.floor.residents is not None
+            self.floor.residents.pause()
+        self.floor.residents = self.runtime
 
     def leave(self) -> None:
-        self.runtime.pause()
+        self.runtime.pause(keep_residents=self.runtime.budget.nbytes is not None)
 
 
 class ComponentHook(hooks.Attached):

@@ -77,7 +77,8 @@ def consider(problem: Problem, placements: Iterable[Placement] | None = None) ->
     found = []
     for placement in permitted(problem) if placements is None else placements:
         around = around_of(problem.decision, placement)
-        candidate = cost.predict(facts, placement, around, problem.workload, machine)
+        budget = problem.choices.vram_budget
+        candidate = cost.predict(facts, placement, around, problem.workload, machine, budget)
         if problem.from_disk and placement.kind == STREAM:
             candidate = cost.from_disk(candidate, facts)
         if not timed:  # a CPU is no H200

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from wanoffload.facts.model import ComponentFacts, DitFacts, ModelFacts
 from wanoffload.host_tiers import READ_AHEAD_BYTES
 from wanoffload.machine.hardware import RATES, Hardware
-from wanoffload.policy import packed
+from wanoffload.policy import packed, within
+from wanoffload.residency import Residency
 from wanoffload.workload import Workload
 
 RESIDENT = "resident"
@@ -92,7 +93,8 @@ class Candidate:
     `device_peak_bytes`: weights and activations at the worst moment of a generation.
     `device_weight_bytes`: of the DiT at most, slots and staging included. `device_need_bytes`: the
     peak with the stated reserve. `host_locked_bytes`: page-locked, of all components.
-    `link_bytes`: of the DiT's weights that come over the link in each forward.
+    `link_bytes`: of the DiT's weights that come over the link in each forward. `resident_units`,
+    `kept_packed_units`: blocks of a DiT that stay on the device under a budget, plain or packed.
     """
 
     placement: Placement
@@ -104,6 +106,8 @@ class Candidate:
     host_locked_bytes: int
     link_bytes: int = 0
     staging_bytes: int = 0
+    resident_units: int = 0
+    kept_packed_units: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,26 +168,35 @@ def predict(
     around: Around,
     workload: Workload | None,
     machine: Hardware,
+    budget: int | None = None,
 ) -> Candidate:
-    """What a generation takes with this placement, on a machine whose rates are all known."""
+    """What a generation takes with this placement, on a machine whose rates are all known.
+
+    `budget`: what the DiTs' weights may take on the device, if that was chosen: blocks of a
+    streamed one that fit stay there.
+    """
+    stay = _what_stays(facts, placement, budget)
     tokens = facts.tokens(workload) if workload else 0
     videos = workload.videos if workload else 1
     activations = videos * max((_activations(dit, tokens) for dit in facts.dits), default=0)
-    weights = _weights_while_denoising(facts, placement)
+    weights = _weights_while_denoising(facts, placement, budget, stay)
+    kept = max(within.kept_bytes(facts, stay), default=0)
     stages = [
         Stage(weights + _standing(facts, around), activations),
-        *_other_stages(facts, placement, around, workload),
+        *_other_stages(facts, placement, around, workload, kept),
     ]
     return Candidate(
         placement=placement,
-        step_seconds=_step_seconds(facts, placement, tokens, workload, machine),
+        step_seconds=_step_seconds(facts, placement, tokens, workload, machine, stay),
         start_seconds=_start_seconds(facts, placement, around, machine),
         device_peak_bytes=max(stage.peak_bytes for stage in stages),
         device_need_bytes=max(stage.need_bytes for stage in stages) + RESERVE_BYTES,
         device_weight_bytes=weights,
         host_locked_bytes=_locked(facts, placement, around),
-        link_bytes=_link_bytes(facts, placement),
+        link_bytes=_link_bytes(facts, placement, stay),
         staging_bytes=_staging(facts, placement),
+        resident_units=max((len(residency.resident) for residency in stay), default=0),
+        kept_packed_units=max((len(residency.kept_packed) for residency in stay), default=0),
     )
 
 
@@ -204,13 +217,33 @@ def slots_bytes(component: ComponentFacts, prefetch: int) -> int:
     return SLOT_LEAD_BYTES + count * max(component.block_bytes)
 
 
-def _weights_while_denoising(facts: ModelFacts, placement: Placement) -> int:
+def _what_stays(facts: ModelFacts, placement: Placement, budget: int | None) -> list[Residency]:
+    """Of each DiT; nothing where nothing is streamed, or the budget is none or too small."""
+    if placement.kind != STREAM or budget is None:
+        return []
+    assert placement.prefetch is not None
+    part = within.share_of_one(facts, budget)
+    found = [
+        within.residency(dit, placement.packed, placement.prefetch, part) for dit in facts.dits
+    ]
+    return [residency for residency in found if residency is not None]
+
+
+def _weights_while_denoising(
+    facts: ModelFacts, placement: Placement, budget: int | None, stay: list[Residency]
+) -> int:
     """Bytes of the DiTs' weights on the device while one of them runs."""
     if placement.kind == RESIDENT:
         return sum(dit.bytes for dit in facts.dits)
     if placement.kind == WHOLE:
         return max((dit.bytes for dit in facts.dits), default=0)
     assert placement.prefetch is not None
+    if budget is not None and facts.dits:
+        rest = budget - within.share_of_one(facts, budget)
+        if len(stay) == len(facts.dits):
+            return rest + max(residency.device_bytes for residency in stay)
+        form = placement.packed, placement.prefetch
+        return rest + max(within.least_bytes(dit, *form) for dit in facts.dits)
     slots = max((slots_bytes(dit, placement.prefetch) for dit in facts.dits), default=0)
     return slots + _staging(facts, placement) + sum(dit.other_bytes for dit in facts.dits)
 
@@ -219,9 +252,11 @@ def _staging(facts: ModelFacts, placement: Placement) -> int:
     return max((packed.staging_bytes(dit, placement.packed) for dit in facts.dits), default=0)
 
 
-def _link_bytes(facts: ModelFacts, placement: Placement) -> int:
+def _link_bytes(facts: ModelFacts, placement: Placement, stay: list[Residency]) -> int:
     if placement.kind != STREAM:
         return 0
+    if stay:
+        return max(residency.streamed_bytes for residency in stay)
     return max((packed.link_bytes(dit, placement.packed) for dit in facts.dits), default=0)
 
 
@@ -253,15 +288,19 @@ def _standing(facts: ModelFacts, around: Around, but: str = "") -> int:
 
 
 def _other_stages(
-    facts: ModelFacts, placement: Placement, around: Around, workload: Workload | None
+    facts: ModelFacts,
+    placement: Placement,
+    around: Around,
+    workload: Workload | None,
+    kept: int = 0,
 ) -> list[Stage]:
-    """What is on the device while each of the other components runs."""
+    """What is on the device while each of the other components runs. `kept`: of a DiT's blocks."""
     stages = []
     for name, component, how in _auxiliary(facts, around):
         own = component.bytes
         if how == STREAM:
             own = component.other_bytes + slots_bytes(component, ENCODER_PREFETCH)
-        fixed = _weights_between(facts, placement) + _standing(facts, around, name) + own
+        fixed = kept + _weights_between(facts, placement) + _standing(facts, around, name) + own
         activations = _image_activations(component, workload)
         workspaces = round(activations * CONVOLUTION_WORKSPACES)
         stages.append(Stage(fixed, activations, workspaces))
@@ -310,19 +349,29 @@ def _step_seconds(
     tokens: int,
     workload: Workload | None,
     machine: Hardware,
+    stay: list[Residency],
 ) -> float | None:
     """Seconds of one denoising step, of the slower expert; moves are spread over all steps."""
     if workload is None or not facts.dits:
         return None
-    times = [_forward(dit, placement, tokens, workload.videos, machine) for dit in facts.dits]
+    stays = stay if len(stay) == len(facts.dits) else [None] * len(facts.dits)
+    times = [
+        _forward(dit, placement, tokens, workload.videos, machine, residency)
+        for dit, residency in zip(facts.dits, stays, strict=True)
+    ]
     known = [time for time in times if time is not None]
     if len(known) < len(times):
         return None
     step = max(known) * workload.forwards_per_step
+    return step + _link_seconds(_moved(facts, placement, stay), machine) / workload.steps
+
+
+def _moved(facts: ModelFacts, placement: Placement, stay: list[Residency]) -> int:
+    """Bytes that come to the device once in each generation."""
     if placement.kind == WHOLE:
-        moved = sum(dit.bytes for dit in facts.dits)
-        step += _link_seconds(moved, machine) / workload.steps
-    return step
+        return sum(dit.bytes for dit in facts.dits)
+    # One expert's blocks give way to the other's; a single DiT's stay from one to the next.
+    return sum(within.kept_bytes(facts, stay)) if len(facts.dits) > 1 else 0
 
 
 def _link_seconds(nbytes: int, machine: Hardware) -> float:
@@ -330,7 +379,12 @@ def _link_seconds(nbytes: int, machine: Hardware) -> float:
 
 
 def _forward(
-    dit: DitFacts, placement: Placement, tokens: int, videos: int, machine: Hardware
+    dit: DitFacts,
+    placement: Placement,
+    tokens: int,
+    videos: int,
+    machine: Hardware,
+    stay: Residency | None,
 ) -> float | None:
     alone = forward_seconds(dit, tokens, machine)
     if alone is None:
@@ -339,8 +393,12 @@ def _forward(
     if placement.kind != STREAM:
         return compute
     assert placement.prefetch is not None
-    compute += packed.decode_seconds(dit, placement.packed, machine)
-    copy = packed.copy_seconds(dit, placement.packed, machine)
+    if stay is not None:
+        compute += packed.seconds_to_decode(stay.decoded_bytes, machine)
+        copy = _link_seconds(stay.streamed_bytes, machine)
+    else:
+        compute += packed.decode_seconds(dit, placement.packed, machine)
+        copy = packed.copy_seconds(dit, placement.packed, machine)
     return _streamed(compute, copy, placement.prefetch)
 
 

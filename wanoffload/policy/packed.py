@@ -51,8 +51,13 @@ def staging_bytes(dit: DitFacts, share: float) -> int:
 
 def decode_seconds(dit: DitFacts, share: float, machine: Hardware) -> float:
     """What decoding takes away from compute, in one forward."""
+    return seconds_to_decode(round(share * dit.bf16_bytes), machine)
+
+
+def seconds_to_decode(nbytes: int, machine: Hardware) -> float:
+    """What unpacking so many plain bytes takes away from compute."""
     assert machine.device_gb_per_s is not None
-    moved = share * dit.bf16_bytes * (RATIO + 1)
+    moved = nbytes * (RATIO + 1)
     return DECODE_EXPOSED * moved / (machine.device_gb_per_s * 1e9 * DECODE_EFFICIENCY)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from wanoffload.facts.look import look
 from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
-from wanoffload.policy import compare, cost, forms, remedies, rules
+from wanoffload.policy import compare, cost, forms, remedies, rules, within
 from wanoffload.policy.choices import Choices, check_mode
 from wanoffload.policy.compare import EQUAL, Considered, Problem, seconds
 from wanoffload.policy.cost import STREAM, WHOLE, Candidate
@@ -67,6 +67,13 @@ class Plan:
     messages: tuple[str, ...] = ()
     considered: tuple[Considered, ...] = field(default=(), repr=False)
     forms: tuple[Considered, ...] = field(default=(), repr=False)
+
+    @property
+    def budget_of_one(self) -> int | None:
+        """What one streamed DiT may take of `vram_budget`; None: it was not chosen."""
+        if self.vram_budget is None or not self.dit_layerwise_offload:
+            return None
+        return within.share_of_one(self.facts, self.vram_budget)
 
     def explain(self) -> str:
         """The plan in plain text: what was decided, by which rule, and what was compared."""

@@ -1,0 +1,134 @@
+"""What the engine has of the device: slots, through which units pass, and homes, where some stay.
+
+All of it is torch's, so that `torch.cuda.memory_*` tells the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanoffload import image
+from wanoffload.residency import allocated
+
+SMALL_BYTES = 1 << 20
+"""Below, torch's allocator rounds up to SMALL_STEP; from there on, see `residency.allocated`."""
+SMALL_STEP = 512
+
+
+def as_allocated(nbytes: int) -> int:
+    """What torch's allocator takes for a tensor of any size."""
+    return -(-nbytes // SMALL_STEP) * SMALL_STEP if nbytes < SMALL_BYTES else allocated(nbytes)
+
+
+class SlotMemory:
+    """Equal slots in one allocation.
+
+    A unit's image starts at a multiple of 256 bytes, never at 0: the compiler treats views at the
+    start of a storage apart from others, and would compile twice.
+    """
+
+    def __init__(self, count: int, slot_bytes: int, device: torch.device) -> None:
+        self.count = count
+        self.slot_bytes = slot_bytes
+        self.lead = image.ALIGNMENT
+        nbytes = self.lead + count * slot_bytes if count else 0
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._storage = self.memory.untyped_storage().data_ptr()
+        if device.type == "cuda":
+            # The allocator may hand out memory that queued kernels still use, in the order of
+            # their stream; copies come on another one.
+            torch.cuda.current_stream(device).synchronize()
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.numel()
+
+    def start(self, slot: int) -> int:
+        """Where a slot begins in `memory`."""
+        return self.lead + slot * self.slot_bytes
+
+    def addresses(self) -> list[int]:
+        return [self.memory.data_ptr() + self.start(slot) for slot in range(self.count)]
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a view of the slots."""
+        if tensor.device != self.memory.device or tensor.layout != torch.strided:
+            return False
+        return tensor.untyped_storage().data_ptr() == self._storage
+
+    def window(self, slot: int, nbytes: int) -> Tensor:
+        return self.memory[self.start(slot) : self.start(slot) + nbytes]
+
+
+def no_memory() -> SlotMemory:
+    return SlotMemory(0, 0, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to stay on the device of a unit: `nbytes`, plain, or (`as_stored`) packed."""
+
+    nbytes: int
+    as_stored: bool
+
+
+@dataclass
+class Home:
+    """Where one unit's bytes stay.
+
+    Of a paused model: `filled`, they are there; `stale`, the host's were changed since the pause.
+    """
+
+    wanted: Wanted
+    place: SlotMemory
+    filled: bool = False
+    stale: bool = False
+
+
+class Homes:
+    """The homes of one model's units, by their numbers; one allocation each, given back alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._homes: dict[int, Home] = {}
+
+    def __getitem__(self, unit: int) -> Home:
+        return self._homes[unit]
+
+    def get(self, unit: int) -> Home | None:
+        return self._homes.get(unit)
+
+    @property
+    def nbytes(self) -> int:
+        """As the allocator counts them."""
+        return sum(allocated(home.place.nbytes) for home in self._homes.values())
+
+    @property
+    def units(self) -> dict[int, Home]:
+        return self._homes
+
+    def keep_only(self, wanted: Mapping[int, Wanted]) -> None:
+        """Lets go of what is not wanted, or is wanted in another way. No engine uses them."""
+        for unit, home in list(self._homes.items()):
+            if wanted.get(unit) != home.wanted:
+                del self._homes[unit]
+
+    def make(self, wanted: Mapping[int, Wanted]) -> None:
+        """Allocates what is missing, in the order of the units. Raises torch.OutOfMemoryError; what
+        was allocated until then stays."""
+        for unit in sorted(wanted.keys() - self._homes.keys()):
+            place = SlotMemory(1, wanted[unit].nbytes, self._device)
+            self._homes[unit] = Home(wanted[unit], place)
+
+    def spoil(self, unit: int) -> None:
+        """The unit's bytes on the host are others now, and no engine was told."""
+        if (home := self._homes.get(unit)) is not None:
+            home.filled, home.stale = False, True
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a view of a home."""
+        return any(home.place.holds(tensor) for home in self._homes.values())
