@@ -378,7 +378,7 @@ def fails_in_connecting(patch: pytest.MonkeyPatch) -> None:
 
 
 def fails_in_staging(patch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise torch.OutOfMemoryError
 
     patch.setattr(wanoffload.Offloader, "_make_staging", fail)

@@ -189,19 +189,36 @@ class Offloader(hooks.Attached):
     def _choose(self, budget: Budget) -> Residency:
         """What stays on the device, by what the blocks take now. Raises WrapError if the budget is
         too small."""
-        sizes = [
-            UnitBytes(binding.layout.nbytes, binding.image.nbytes, binding.packed)
-            for binding in self.bindings
-        ]
         chunk = max((_largest_chunk(binding.image) for binding in self.bindings), default=0)
-        return choose(
-            sizes,
+        found = choose(
+            self._sizes(),
             budget.nbytes,
             others=self._others,
             prefetch=self._prefetch,
             rates=self._rates,
             largest_chunk=chunk,
         )
+        if found.streamed_bytes == 0:
+            return found
+        stays = found.resident | found.kept_packed
+        over_link = (b.image.nbytes for n, b in enumerate(self.bindings) if n not in stays)
+        return replace(found, streamed_bytes=sum(over_link))
+
+    def _sizes(self) -> list[UnitBytes]:
+        """What the blocks take. Packed ones of equal plain size differ by a little: all count as
+        the largest, so that they can be spread evenly."""
+        stored: dict[int, int] = {}
+        for binding in self.bindings:
+            if binding.packed:
+                plain = binding.layout.nbytes
+                stored[plain] = max(stored.get(plain, 0), binding.image.nbytes)
+        return [
+            UnitBytes(
+                plain, stored[plain] if binding.packed else binding.image.nbytes, binding.packed
+            )
+            for binding in self.bindings
+            for plain in [binding.layout.nbytes]
+        ]
 
     def _take_memory(self, residency: Residency) -> None:
         """Slots, staging memory and homes as it says; what is there stays. No engine is open.
@@ -235,7 +252,7 @@ class Offloader(hooks.Attached):
             self.slots.addresses(),
             self.slots.slot_bytes,
             self._slot_owner,
-            depth=self.residency.depth if self.residency.slots else FIRST_FILL_DEPTH,
+            depth=self._depth(),
             ring_chunks=self.host_plan.ring_chunks,
             ring_chunk_bytes=CHUNK_BYTES,
             staging=self.staging.addresses(),
@@ -247,6 +264,11 @@ class Offloader(hooks.Attached):
         for number, binding in enumerate(self.bindings):
             self._add_unit(number, binding)
         self._prefetcher.set_order(self._order)
+
+    def _depth(self) -> int:
+        if self.residency.slots == 0:
+            return FIRST_FILL_DEPTH
+        return min(self.residency.depth, len(self.bindings))
 
     def _add_unit(self, number: int, binding: Binding) -> None:
         if (home := self.homes.get(number)) is None:

@@ -1,0 +1,344 @@
+"""`vram_budget`: blocks that fit stay on the device, and everything is as if they did not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import wanoffload
+from tests.small_models import MODELS, forward
+from wanoffload import ClosedError, ConcurrentForwardError, Offloader, WrapError, device_memory
+from wanoffload.budget import Budget
+from wanoffload.residency import ALIGN_BYTES, UnitBytes, allocated, least
+
+KIND = MODELS["wan22_5b"]
+MIB = 1 << 20
+
+
+def wrapped(name: str = "wan22_5b", device: str = "cpu", **options: Any) -> nn.Module:
+    model = MODELS[name].make().to(device)
+    return wanoffload.wrap(model, **{"device": device, "prefetch": 1, **options})
+
+
+def units_of(runtime: Offloader) -> list[UnitBytes]:
+    return [UnitBytes(b.layout.nbytes, b.image.nbytes, b.packed) for b in runtime.bindings]
+
+
+def budget_for(name: str, resident: int, packed: bool = False, prefetch: int = 1) -> int:
+    """The least, and room for so many blocks more. Each takes 2 MiB as the allocator counts."""
+    runtime = wanoffload.offloader(wrapped(name, pack=packed, prefetch=prefetch))
+    others = runtime.device_bytes - runtime.residency.device_bytes + runtime._others
+    need = least(units_of(runtime), others=others, prefetch=prefetch)
+    return need + resident * allocated(ALIGN_BYTES + runtime.bindings[0].layout.nbytes)
+
+
+def check(model: nn.Module, name: str = "wan22_5b", forwards: int = 3) -> None:
+    """Every forward gives what the resident model gives, from bytes that the plan says."""
+    runtime = wanoffload.offloader(model)
+    inputs = MODELS[name].inputs(runtime.device.type)
+    expected = forward(MODELS[name].make().to(runtime.device), inputs)
+    runtime.poison_slots()
+    for number in range(forwards):
+        before = runtime.stats()
+        assert torch.equal(forward(model, inputs), expected)
+        after = runtime.stats()
+        assert after.acquires - before.acquires == after.units
+        if number > 1:
+            fetched = after.bytes_fetched - before.bytes_fetched
+            assert fetched == runtime.residency.streamed_bytes
+    if runtime.budget.nbytes is not None:
+        assert runtime.device_bytes <= runtime.residency.device_bytes <= runtime.budget.nbytes
+
+
+@pytest.mark.parametrize("host", ["pinned", "pageable"])
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("resident", [0, 1, 2, 100])
+@pytest.mark.parametrize("name", ["wan22_5b", "vace", "animate"])
+def test_outputs_are_the_same_under_any_budget(
+    name: str, resident: int, pack: bool, host: str, device: str
+) -> None:
+    budget = budget_for(name, resident, pack)
+    model = wrapped(name, device, vram_budget=budget, pack=pack, host=host)
+    stats = wanoffload.offloader(model).stats()
+    stay = stats.resident_units + stats.kept_packed_units
+    assert stay >= min(resident, 1)
+    assert stay == stats.units or resident < 100
+    check(model, name)
+
+
+def test_what_stays_comes_over_the_link_once() -> None:
+    model = wrapped(vram_budget=budget_for("wan22_5b", 100))
+    runtime = wanoffload.offloader(model)
+    check(model)
+    stats = runtime.stats()
+    assert (stats.slots, stats.resident_units) == (0, stats.units)
+    assert stats.fetches == stats.units
+    assert stats.bytes_fetched == stats.host_bytes == stats.plain_bytes
+    assert stats.resident_bytes >= stats.plain_bytes
+
+
+def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once() -> None:
+    model = wrapped("wan22_5b", pack=True)
+    runtime = wanoffload.offloader(model)
+    total = len(runtime.bindings)
+    # Room for all of them packed: small blocks take as much plain, so plain ones are refused here.
+    plan = runtime.residency
+    keep = frozenset(range(total))
+    runtime._choose = lambda _: _with(plan, keep, runtime)  # type: ignore[method-assign]
+    before = runtime.stats()
+    runtime._rebuild()
+    check_outputs(model, 3)
+    after = runtime.stats()
+    assert after.kept_packed_units == total
+    assert after.bytes_fetched - before.bytes_fetched == after.host_bytes
+    assert after.fetches - before.fetches >= 3 * total  # into slots, from the device
+    assert after.staging_bytes == 0
+
+
+def _with(plan: Any, keep: frozenset[int], runtime: Offloader) -> Any:
+    from dataclasses import replace
+
+    return replace(plan, kept_packed=keep, resident=frozenset())
+
+
+def check_outputs(model: nn.Module, forwards: int) -> None:
+    runtime = wanoffload.offloader(model)
+    inputs = KIND.inputs(runtime.device.type)
+    expected = forward(KIND.make().to(runtime.device), inputs)
+    runtime.poison_slots()
+    for _ in range(forwards):
+        assert torch.equal(forward(model, inputs), expected)
+
+
+WRITES: dict[str, Callable[[nn.Linear], None]] = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "data": lambda layer: layer.weight.data.add_(1),
+    "replaced": lambda layer: setattr(
+        layer, "weight", nn.Parameter(layer.weight * 3, requires_grad=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("way", WRITES)
+def test_a_write_to_a_block_that_stays_takes_effect_in_the_next_forward(
+    way: str, pack: bool, paused: bool, device: str
+) -> None:
+    twin = KIND.make().to(device)
+    model = wrapped(device=device, vram_budget=budget_for("wan22_5b", 100, pack), pack=pack)
+    runtime = wanoffload.offloader(model)
+    inputs = KIND.inputs(device)
+    unchanged = forward(model, inputs)
+    if paused:
+        runtime.pause(keep_residents=True)
+    with torch.no_grad():
+        for changed in (model, twin):
+            WRITES[way](changed.blocks[1].ffn.net[2])
+    expected = forward(twin, inputs)
+    assert not torch.equal(expected, unchanged)
+    for _ in range(2):
+        assert torch.equal(forward(model, inputs), expected)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_another_budget_moves_only_the_difference(pack: bool, device: str) -> None:
+    budgets = [budget_for("wan22_5b", n, pack) for n in (0, 1, 100)]
+    model = wrapped(device=device, vram_budget=budgets[0], pack=pack)
+    runtime = wanoffload.offloader(model)
+    check_outputs(model, 2)
+    for budget in (budgets[1], budgets[2], budgets[1], budgets[2], budgets[0]):
+        had = dict(runtime.homes.units)
+        runtime.set_budget(budget)
+        kept = {n: home for n, home in runtime.homes.units.items() if had.get(n) is home}
+        new = runtime.homes.units.keys() - kept.keys()
+        assert kept.keys() == {n for n in had if n in runtime.homes.units}
+        before = runtime.stats().bytes_fetched
+        check_outputs(model, 1)
+        streamed = [b for n, b in enumerate(runtime.bindings) if n not in runtime.homes.units]
+        ahead = sum(b.image.nbytes for b in streamed[: runtime.residency.slots])
+        fetched = runtime.stats().bytes_fetched - before
+        bringing = sum(runtime.bindings[n].image.nbytes for n in new)
+        passing = sum(b.image.nbytes for b in streamed)
+        assert fetched <= bringing + passing + ahead
+        assert runtime.device_bytes <= budget
+
+
+def test_a_budget_below_the_least_names_it_and_the_model_is_as_it_was() -> None:
+    model = KIND.make()
+    before = [id(p) for p in model.parameters()]
+    with pytest.raises(WrapError, match=r"at least \d[\d,]* bytes .* vram_budget is 1,000 bytes"):
+        wanoffload.wrap(model, device="cpu", vram_budget=1000)
+    assert [id(p) for p in model.parameters()] == before
+    forward(model, KIND.inputs())
+
+
+@pytest.mark.parametrize("value", ["much", -1, 1.5, 0.0, True, [], "12GiBs"])
+def test_what_is_no_budget_is_refused(value: object) -> None:
+    with pytest.raises(WrapError, match="vram_budget"):
+        wrapped(vram_budget=value)
+
+
+def test_a_fraction_is_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanoffload.budget.free_bytes", lambda _: 1000 * MIB)
+    assert Budget.of(0.5, torch.device("cpu")).nbytes == 500 * MIB
+    assert Budget.of(0.5, torch.device("cpu"), held=1000 * MIB).nbytes == 1000 * MIB
+    assert Budget.of(1.0, torch.device("cpu")).nbytes == 1000 * MIB
+
+
+def test_a_refused_budget_changes_nothing() -> None:
+    model = wrapped(vram_budget=budget_for("wan22_5b", 1))
+    runtime = wanoffload.offloader(model)
+    check(model)
+    homes, budget = dict(runtime.homes.units), runtime.budget
+    with pytest.raises(WrapError, match="vram_budget"):
+        runtime.set_budget(1000)
+    assert (runtime.homes.units, runtime.budget, runtime.paused) == (homes, budget, False)
+    check(model)
+
+
+def test_a_budget_is_not_set_during_a_forward_nor_after_the_end() -> None:
+    model = wrapped(vram_budget=budget_for("wan22_5b", 1))
+    runtime = wanoffload.offloader(model)
+    errors = []
+
+    def set_it(*_: object) -> None:
+        try:
+            runtime.set_budget(None)
+        except ConcurrentForwardError as error:
+            errors.append(error)
+
+    handle = model.blocks[1].register_forward_hook(set_it)
+    check(model, forwards=1)
+    handle.remove()
+    assert len(errors) == 1
+    runtime.close()
+    with pytest.raises(ClosedError, match="closed"):
+        runtime.set_budget(None)
+
+
+def test_pausing_gives_the_blocks_back_or_keeps_them() -> None:
+    model = wrapped(vram_budget=budget_for("wan22_5b", 100))
+    runtime = wanoffload.offloader(model)
+    check(model)
+    runtime.pause(keep_residents=True)
+    assert runtime.stats().resident_bytes > 0
+    before = runtime.stats().bytes_fetched
+    check_outputs(model, 1)
+    assert runtime.stats().bytes_fetched == before
+    runtime.pause()
+    assert runtime.stats().resident_bytes == 0
+    check_outputs(model, 1)
+    assert runtime.stats().bytes_fetched == before + runtime.stats().host_bytes
+
+
+def test_without_a_budget_no_block_stays_and_without_a_prefetch_two_are_ahead() -> None:
+    runtime = wanoffload.offloader(wrapped("animate", prefetch=None))
+    assert (runtime.residency.depth, runtime.stats().slots) == (2, 3)
+    assert runtime.stats().resident_units == runtime.stats().kept_packed_units == 0
+
+
+def test_an_unwrapped_model_is_ordinary_and_holds_nothing() -> None:
+    model = wrapped(vram_budget=budget_for("wan22_5b", 100), pack=True)
+    check_outputs(model, 1)
+    runtime = wanoffload.offloader(model)
+    wanoffload.unwrap(model)
+    assert not runtime.homes.units
+    values = KIND.make().state_dict()
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_verify_looks_at_the_blocks_that_stay(device: str) -> None:
+    model = wrapped(device=device, vram_budget=budget_for("wan22_5b", 100), verify=True)
+    runtime = wanoffload.offloader(model)
+    check_outputs(model, 2)
+    runtime.homes[1].place.memory[300] ^= 1
+    with pytest.raises(wanoffload.VerifyError, match=r"blocks\.1"):
+        forward(model, KIND.inputs(device))
+    check_outputs(model, 1)  # what was spoilt is fetched again
+
+
+# Too little memory.
+
+
+@contextmanager
+def out_of_memory_at(nth: int) -> Iterator[list[int]]:
+    """The n-th allocation of device memory fails, and all behind it."""
+    made: list[int] = []
+    real = torch.empty
+
+    def empty(nbytes: Any, **options: Any) -> torch.Tensor:
+        if nbytes:
+            made.append(nbytes)
+            if len(made) > nth:
+                raise torch.OutOfMemoryError("injected")
+        return real(nbytes, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_memory.torch, "empty", empty)
+        yield made
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("nth", range(6))
+def test_a_wrap_that_runs_out_of_memory_leaves_the_model_as_it_was(nth: int, pack: bool) -> None:
+    budget = budget_for("wan22_5b", 1, pack)
+    model = KIND.make()
+    with out_of_memory_at(nth) as made:
+        try:
+            wanoffload.wrap(model, 1, device="cpu", vram_budget=budget, pack=pack)
+        except torch.OutOfMemoryError:
+            pass
+        else:
+            assert len(made) <= nth
+    if len(made) > nth:
+        assert torch.equal(forward(model, KIND.inputs()), forward(KIND.make(), KIND.inputs()))
+        wanoffload.wrap(model, 1, device="cpu", vram_budget=budget, pack=pack)
+    check_outputs(model, 2)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("nth", range(6))
+def test_a_budget_that_the_device_lacks_is_refused_and_the_model_goes_on(
+    nth: int, pack: bool
+) -> None:
+    small, large = (budget_for("wan22_5b", n, pack) for n in (0, 100))
+    model = wrapped(vram_budget=small, pack=pack)
+    runtime = wanoffload.offloader(model)
+    check_outputs(model, 1)
+    with out_of_memory_at(nth) as made:
+        try:
+            runtime.set_budget(large)
+        except torch.OutOfMemoryError:
+            assert runtime.budget.nbytes == small
+        else:
+            assert len(made) <= nth
+    check_outputs(model, 2)
+    assert runtime.device_bytes <= (runtime.budget.nbytes or 0)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("nth", range(1, 6))
+def test_less_stays_where_a_forward_finds_less_memory(
+    nth: int, pack: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = wrapped(vram_budget=budget_for("wan22_5b", 1, pack), pack=pack)
+    runtime = wanoffload.offloader(model)
+    check_outputs(model, 1)
+    stayed = len(runtime.homes.units)
+    runtime.pause()
+    with caplog.at_level(logging.WARNING), out_of_memory_at(nth) as made:
+        try:
+            check_outputs(model, 2)
+        except torch.OutOfMemoryError:  # not even the slots
+            assert runtime.paused
+    if len(made) > nth and not runtime.paused:
+        assert len(runtime.homes.units) < stayed
+        assert "too little memory" in caplog.text
+    check_outputs(model, 2)
