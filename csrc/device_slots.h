@@ -62,14 +62,18 @@ class DeviceSlots {
 
   // Slots and homes.
   [[nodiscard]] int size() const { return static_cast<int>(slots_.size()); }
+  // Added so far.
+  [[nodiscard]] int units() const { return static_cast<int>(homes_.size()); }
   // Slots through which units pass: the first ones.
   [[nodiscard]] int passing() const { return passing_; }
   [[nodiscard]] std::size_t slot_bytes() const { return slot_bytes_; }
   [[nodiscard]] Slot& operator[](int slot) { return slots_[static_cast<std::size_t>(slot)]; }
   [[nodiscard]] DeviceAddress destination(int slot) const { return at(slot).transfer.destination; }
   [[nodiscard]] std::size_t bytes(int slot) const { return at(slot).bytes; }
-  // Appends a unit, in the order of their numbers; its home becomes the last slot.
-  void add_unit(const Home& home);
+  [[nodiscard]] int unit_in(int slot) const { return at(slot).unit; }
+  // Appends a unit, in the order of their numbers; its home becomes the last slot. Nothing is
+  // appended if this throws.
+  void add_unit(const Home& home, CopyEngine& engine);
   // The slot that is the unit's home, or kNoSlot.
   [[nodiscard]] int home_of(int unit) const { return homes_[static_cast<std::size_t>(unit)].slot; }
   // Whether packed bytes stay in the unit's home.
@@ -85,8 +89,6 @@ class DeviceSlots {
   // on, or to nobody if this throws. `source`: as a Transfer's.
   void fill(int slot, int unit, const ImagePtr& image, CopyEngine& engine,
             DeviceAddress source = 0);
-  // The unit's home holds its bytes already.
-  void adopt(int unit, CopyEngine& engine);
   // Makes `stream` wait for the slot's bytes and counts one user. The transfer must be settled.
   // Throws TransferError if the bytes are known to be spoilt, which the host backend tells when
   // `stream` is the calling thread.
@@ -105,6 +107,7 @@ class DeviceSlots {
     bool as_stored;
   };
   [[nodiscard]] const Slot& at(int slot) const { return slots_[static_cast<std::size_t>(slot)]; }
+  static void adopt(Slot& slot, int unit, CopyEngine& engine);
   SlotReader& reader_of(Slot& slot, StreamHandle stream);
   void record_reads(Slot& slot);
 

@@ -58,12 +58,11 @@ int Prefetcher::add_unit(ImagePtr image, const Home& home) {
   make_room_for(*image, home);
   if (!image->locked()) engine_.prepare_ring();  // if this is the first that needs it
   const int unit = units();
-  slots_.add_unit(home);
+  slots_.add_unit(home, engine_);
   images_.push_back(std::move(image));
   failures_.emplace_back();
   place_.push_back(static_cast<int>(order_.size()));
   order_.push_back(unit);
-  if (home && home.filled) slots_.adopt(unit, engine_);
   return unit;
 }
 
@@ -99,7 +98,12 @@ void Prefetcher::check_open() const {
 
 void Prefetcher::check_open(int unit) const {
   check_open();
-  if (unit < 0 || unit >= units()) {
+  check_known(unit);
+}
+
+// Also of one that was there before close().
+void Prefetcher::check_known(int unit) const {
+  if (unit < 0 || unit >= slots_.units()) {
     throw UsageError("there is no unit " + std::to_string(unit));
   }
 }
@@ -131,14 +135,23 @@ int Prefetcher::place_for(int unit) const {
   return slots_.lives_at_home(unit) ? slots_.home_of(unit) : farthest_free_slot();
 }
 
+int Prefetcher::coming(int places) const {
+  return order_[static_cast<std::size_t>((next_ + places) % units())];
+}
+
+// Whether bytes of the unit have to come over the link before it can be read.
+bool Prefetcher::needs_link(int unit) const {
+  const int home = slots_.home_of(unit);
+  return home == kNoSlot || slots_.unit_in(home) != unit;
+}
+
 // How many places of the order, from the next on, are looked at: until `depth` units are found that
-// do not live at home by now. The last place, of the unit acquired just now, is not.
+// need the link. The last place, of the unit acquired just now, is not.
 int Prefetcher::horizon() const {
   int to_come = options_.depth;
   int places = 0;
   for (; places < units() - 1 && to_come > 0; ++places) {
-    const int unit = order_[static_cast<std::size_t>((next_ + places) % units())];
-    if (!slots_.lives_at_home(unit) || slots_.find(unit) == kNoSlot) --to_come;
+    if (needs_link(coming(places))) --to_come;
   }
   return places;
 }
@@ -151,23 +164,71 @@ void Prefetcher::prefetch() {
 
 // Brings the units that come next into slots that hold nothing needed sooner. What fails here is
 // thrown by the acquire that needs it.
+//
+// First those that need the link, which takes longest; then, if a slot is left, one that is
+// unpacked from its home.
 void Prefetcher::top_up() {
   const int ahead = horizon();
   for (int i = 0; i < ahead; ++i) {
-    const int unit = order_[static_cast<std::size_t>((next_ + i) % units())];
-    if (slots_.find(unit) >= 0) continue;
-    if (failures_[static_cast<std::size_t>(unit)]) return;
-    const int slot = place_for(unit);
-    if (slot < 0) return;
-    const bool needed = slots_[slot].unit != kNoUnit && distance(slots_[slot].unit) < ahead;
-    if (needed || !engine_.settled(slots_[slot].transfer)) return;
-    try {
-      fetch(unit, slot);
-    } catch (...) {
-      failures_[static_cast<std::size_t>(unit)] = std::current_exception();
-      return;
-    }
+    const int unit = coming(i);
+    if (slots_.find(unit) != kNoSlot) continue;
+    if (!fetch_ahead(unit, ahead)) return;
   }
+  if (options_.depth == 0) return;
+  for (int i = 0; i < units() - 1; ++i) {
+    const int unit = coming(i);
+    if (slots_.lives_at_home(unit)) continue;
+    if (slots_.keeps_packed(unit) && slots_.find(unit) == kNoSlot) unpack_ahead(unit, ahead);
+    return;
+  }
+}
+
+// False if nothing further is to be fetched now: there is no room, or it failed.
+bool Prefetcher::fetch_ahead(int unit, int ahead) {
+  if (failures_[static_cast<std::size_t>(unit)]) return false;
+  try {
+    if (slots_.keeps_packed(unit)) {
+      (void)home_enqueued(unit);
+      return true;
+    }
+    const int slot = place_for(unit);
+    if (!may_take(slot, unit, ahead)) return false;
+    bring(unit, slot);
+    return true;
+  } catch (...) {
+    failures_[static_cast<std::size_t>(unit)] = std::current_exception();
+    return false;
+  }
+}
+
+void Prefetcher::unpack_ahead(int unit, int ahead) {
+  if (failures_[static_cast<std::size_t>(unit)]) return;
+  try {
+    const int slot = farthest_free_slot();
+    if (may_take(slot, unit, ahead) && home_enqueued(unit)) unpack_from_home(unit, slot);
+  } catch (...) {
+    failures_[static_cast<std::size_t>(unit)] = std::current_exception();
+  }
+}
+
+// Whether a slot may be given up for a unit that is not needed at once: not if what it holds is
+// needed sooner, or will be soon and would have to come over the link again.
+bool Prefetcher::may_take(int slot, int unit, int ahead) {
+  if (slot == kNoSlot || !engine_.settled(slots_[slot].transfer)) return false;
+  const int held = slots_[slot].unit;
+  if (held == kNoUnit) return true;
+  const int away = distance(held);
+  return away > distance(unit) && !(needs_link(held) && away < ahead);
+}
+
+// Whether the unit can be unpacked from its home without waiting for the ring. Starts to bring its
+// packed bytes there if nobody has.
+bool Prefetcher::home_enqueued(int unit) {
+  const int home = slots_.home_of(unit);
+  if (!engine_.settled(slots_[home].transfer)) return false;
+  if (slots_[home].unit == unit) return true;
+  bring(unit, home);
+  return engine_.settled(slots_[home].transfer);
 }
 
 void Prefetcher::fetch(int unit, int slot) {
@@ -188,7 +249,10 @@ void Prefetcher::bring(int unit, int slot) {
 // is brought there next comes behind `free`.
 void Prefetcher::unpack_from_home(int unit, int slot) {
   const int home = slots_.home_of(unit);
-  if (slots_[home].unit != unit) bring(unit, home);
+  if (slots_[home].unit != unit) {
+    wait_until_over(slots_[home].transfer);  // it may have been forgotten while it was late
+    bring(unit, home);
+  }
   settle(unit, home);
   note(Happened::kFetch, unit, slot);
   slots_.begin_read(home, engine_.unpack_stream());
@@ -199,7 +263,12 @@ void Prefetcher::unpack_from_home(int unit, int slot) {
     slots_.end_read(home, engine_.unpack_stream());
     throw;
   }
-  slots_.end_read(home, engine_.unpack_stream());
+  try {
+    slots_.end_read(home, engine_.unpack_stream());
+  } catch (...) {
+    slots_.drop(slot);  // a fetch that is told to have failed has left nothing
+    throw;
+  }
   ++stats_.fetches;
 }
 
@@ -240,8 +309,9 @@ void Prefetcher::settle(int unit, int slot) {
 void Prefetcher::begin_read(int unit, int slot, StreamHandle stream) {
   try {
     slots_.begin_read(slot, stream);
-  } catch (const TransferError&) {  // what is there is of no use
+  } catch (const TransferError&) {  // what is there is of no use, nor what it was unpacked from
     slots_.drop(slot);
+    if (slots_.keeps_packed(unit)) slots_.drop(slots_.home_of(unit));
     note(Happened::kFetchFailed, unit, slot);
     throw;
   }
@@ -338,21 +408,25 @@ Home Prefetcher::home_of(int unit) const {
 
 bool Prefetcher::home_filled(int unit) const {
   const std::lock_guard lock(mutex_);
+  check_known(unit);
   return given_back_ && slots_.filled(unit);
 }
 
 // Drops what was fetched of the unit and waits until no copy reads its image.
 void Prefetcher::forget(int unit) {
-  failures_[static_cast<std::size_t>(unit)] = nullptr;
-  if (slots_.keeps_packed(unit)) slots_.drop(slots_.home_of(unit));
-  if (const int slot = slots_.find(unit); slot >= 0) {
-    if (slots_[slot].users != 0) {
-      throw UsageError("unit " + std::to_string(unit) + " is in use: its weights can't be changed");
-    }
-    ++stats_.invalidations;
-    note(Happened::kInvalidate, unit, slot);
-    slots_.drop(slot);
+  const int slot = slots_.find(unit);
+  if (slot >= 0 && slots_[slot].users != 0) {
+    throw UsageError("unit " + std::to_string(unit) + " is in use: its weights can't be changed");
   }
+  failures_[static_cast<std::size_t>(unit)] = nullptr;
+  bool fetched = false;
+  for (const int place : {slot, slots_.home_of(unit)}) {
+    if (place == kNoSlot || slots_[place].unit != unit) continue;
+    note(Happened::kInvalidate, unit, place);
+    slots_.drop(place);
+    fetched = true;
+  }
+  if (fetched) ++stats_.invalidations;
   // The host may be far ahead of the device: a copy of this unit can be in flight although its
   // slot belongs to another unit by now, or to nobody because the fetch failed behind the copy.
   try {

@@ -41,8 +41,9 @@ struct Acquired {
 // In the steady state, with page-locked images, no method waits for the device, allocates or makes
 // an event. With other images acquire may wait until the engine has enqueued the unit's last chunk.
 //
-// The units behind the one acquired, `depth` of them, are submitted when the host has released
-// their slots, while the device may still read those: the ring fills meanwhile (see CopyEngine).
+// The units behind the one acquired, `depth` of those that need the link, are submitted when the
+// host has released their slots, while the device may still read those: the ring fills meanwhile
+// (see CopyEngine). Of those that are unpacked from their homes, the next alone is.
 // A unit with a home comes over the link once, and stays there until its host's bytes change. It is
 // read there; if its packed bytes stay there it is unpacked into a slot for each use, which counts
 // as a fetch of no bytes.
@@ -83,7 +84,8 @@ class Prefetcher {
   // reads any more. Throws what invalidate and add_unit throw; the unit then keeps its image.
   void replace_unit(int unit, ImagePtr image);
   // Whether the unit's home holds its bytes, so that another prefetcher may be given it as filled.
-  // Once closed, for only then is nothing under way.
+  // Once closed, for only then is nothing under way; false before. Throws UsageError if there is no
+  // such unit.
   [[nodiscard]] bool home_filled(int unit) const;
   void set_poison(std::optional<std::uint8_t> value) { engine_.set_poison(value); }
   // Where the copies run, and where packed units are unpacked (0: there is no staging memory). For
@@ -115,6 +117,7 @@ class Prefetcher {
   [[nodiscard]] int units() const { return static_cast<int>(images_.size()); }
   void check_open() const;
   void check_open(int unit) const;
+  void check_known(int unit) const;
   void make_room_for(const Image& image, const Home& home) const;
   [[nodiscard]] Home home_of(int unit) const;
   void forget(int unit);
@@ -123,6 +126,12 @@ class Prefetcher {
   void fetch(int unit, int slot);
   void bring(int unit, int slot);
   void unpack_from_home(int unit, int slot);
+  [[nodiscard]] bool home_enqueued(int unit);
+  [[nodiscard]] bool fetch_ahead(int unit, int ahead);
+  void unpack_ahead(int unit, int ahead);
+  [[nodiscard]] bool may_take(int slot, int unit, int ahead);
+  [[nodiscard]] int coming(int places) const;
+  [[nodiscard]] bool needs_link(int unit) const;
   [[nodiscard]] int place_for(int unit) const;
   [[nodiscard]] int horizon() const;
   void settle(int unit, int slot);
