@@ -21,8 +21,12 @@ CopyEngine::CopyEngine(BackendPtr backend, EngineOptions options)
       options_(std::move(options)),
       copied_(backend_),
       unpacked_(backend_),
+      at_home_(backend_),
       stream_(backend_) {
-  if (options_.staging.unpacks()) staging_.emplace(backend_, options_.staging);
+  if (options_.staging.unpacks()) {
+    staging_.emplace(backend_, options_.staging);
+    homes_.emplace(backend_, StreamPriority::kHigh);
+  }
   queue_.reserve(64);
 }
 
@@ -66,11 +70,13 @@ void CopyEngine::check_staging(const Image& image, DeviceAddress destination,
 
 // The stream that writes to the transfer's destination.
 StreamHandle CopyEngine::way_of(const Transfer& transfer) const {
-  return transfer.packing() != nullptr ? staging_->stream() : stream();
+  if (transfer.packing() == nullptr) return stream();
+  return transfer.source != 0 ? home_stream() : unpack_stream();
 }
 
 EventHandle CopyEngine::end_of(StreamHandle way) const {
-  return way == stream() ? copied_.handle() : unpacked_.handle();
+  if (way == stream()) return copied_.handle();
+  return way == unpack_stream() ? unpacked_.handle() : at_home_.handle();
 }
 
 void CopyEngine::reset(Transfer& transfer) {
@@ -163,7 +169,7 @@ UnpackJob CopyEngine::job_of(const Transfer& transfer, const PackedChunk& chunk,
 void CopyEngine::unpack_in_place(Transfer& transfer) {
   begin(transfer);
   for (const PackedChunk& chunk : transfer.packing()->chunks) {
-    backend_->unpack(job_of(transfer, chunk, transfer.source + chunk.offset), staging_->stream());
+    backend_->unpack(job_of(transfer, chunk, transfer.source + chunk.offset), home_stream());
   }
 }
 
@@ -242,10 +248,10 @@ bool CopyEngine::settled(const Transfer& transfer) const {
 }
 
 void CopyEngine::drain() {
-  backend_->record(copied_.handle(), stream());
-  if (staging_) backend_->record(unpacked_.handle(), staging_->stream());
-  synchronize(*backend_, copied_.handle(), options_.timeout);
-  if (staging_) synchronize(*backend_, unpacked_.handle(), options_.timeout);
+  std::vector<StreamHandle> ways{stream()};
+  if (staging_) ways.insert(ways.end(), {unpack_stream(), home_stream()});
+  for (const StreamHandle way : ways) backend_->record(end_of(way), way);
+  for (const StreamHandle way : ways) synchronize(*backend_, end_of(way), options_.timeout);
 }
 
 // What one chunk of the ring holds of this transfer.

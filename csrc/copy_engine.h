@@ -88,8 +88,9 @@ class Transfer {
 // beyond what has reached the device, of what was submitted. Each thread has one read under way.
 //
 // A packed image's `wait_for` and `ready` are the unpack stream's: copies into the staging ring run
-// ahead of a destination that is still being read. Both streams wait only for events that were
-// recorded before the wait was issued, so neither can wait for itself.
+// ahead of a destination that is still being read. If the device has its packed bytes they are the
+// home stream's. All streams wait only for events that were recorded before the wait was issued, so
+// none can wait for itself.
 class CopyEngine {
  public:
   CopyEngine(BackendPtr backend, EngineOptions options);
@@ -98,8 +99,11 @@ class CopyEngine {
   ~CopyEngine();  // see close()
 
   [[nodiscard]] StreamHandle stream() const { return stream_.handle(); }
-  // Where packed images are unpacked; 0 if there is no staging memory.
+  // Where packed images are unpacked that come over the link; 0 if there is no staging memory.
   [[nodiscard]] StreamHandle unpack_stream() const { return staging_ ? staging_->stream() : 0; }
+  // Where those are unpacked whose packed bytes the device has: they don't wait for copies. 0 if
+  // there is no staging memory.
+  [[nodiscard]] StreamHandle home_stream() const { return homes_ ? homes_->handle() : 0; }
   // Throws UsageError, with what is missing, if the image is packed and can't be unpacked to there;
   // `source`: as a Transfer's.
   void check_staging(const Image& image, DeviceAddress destination, DeviceAddress source) const;
@@ -185,12 +189,14 @@ class CopyEngine {
   const EngineOptions options_;
   std::atomic<int> poison_{kNoPoison};
   Event copied_;    // the end of the copy stream, for whoever has to come behind it
-  Event unpacked_;  // and of the unpack stream
+  Event unpacked_;  // of the unpack stream
+  Event at_home_;   // and of the home stream
   std::optional<PinnedRing> ring_;
   // Either stream may be drained (on the host, by its end) while the other is there or has ended:
   // each waits only for what the other was given before.
   std::optional<StagingRing> staging_;
-  Stream stream_;  // behind what its copies use: it goes first
+  std::optional<Stream> homes_;  // there with staging_
+  Stream stream_;                // behind what its copies use: it goes first
 
   std::mutex intake_;  // held from choosing a chunk to having a buffer for it: buffers are handed
                        // out in the order of turns, so the next turn always has one

@@ -245,7 +245,7 @@ void Prefetcher::bring(int unit, int slot) {
   stats_.bytes_fetched += image->bytes();
 }
 
-// The unpack stream reads the unit's home as compute streams read slots: behind `ready`, and what
+// The home stream reads the unit's home as compute streams read slots: behind `ready`, and what
 // is brought there next comes behind `free`.
 void Prefetcher::unpack_from_home(int unit, int slot) {
   const int home = slots_.home_of(unit);
@@ -255,16 +255,16 @@ void Prefetcher::unpack_from_home(int unit, int slot) {
   }
   settle(unit, home);
   note(Happened::kFetch, unit, slot);
-  slots_.begin_read(home, engine_.unpack_stream());
+  slots_.begin_read(home, engine_.home_stream());
   try {
     slots_.fill(slot, unit, images_[static_cast<std::size_t>(unit)], engine_,
                 slots_[home].transfer.destination);
   } catch (...) {
-    slots_.end_read(home, engine_.unpack_stream());
+    slots_.end_read(home, engine_.home_stream());
     throw;
   }
   try {
-    slots_.end_read(home, engine_.unpack_stream());
+    slots_.end_read(home, engine_.home_stream());
   } catch (...) {
     slots_.drop(slot);  // a fetch that is told to have failed has left nothing
     throw;

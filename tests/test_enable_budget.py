@@ -1,0 +1,107 @@
+"""enable and `vram_budget`: one budget is for both experts, and what stays does so from call to call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import wanoffload
+from tests.poison import poisoned_homes
+from tests.small_pipelines import PIPELINES
+from tests.test_adopting import ON_CPU, experts, wrapped_pipeline
+from tests.test_budget import budget_for
+from tests.test_pipeline import HERE, STREAMING, planned
+from wanoffload import Hardware, Workload, enable, offloader
+from wanoffload.pipelines.enabling import plan_of
+
+__all__ = ["planned", "poisoned_homes"]
+
+WITHIN = replace(STREAMING, budget_of_one=1 << 30)
+KIND = PIPELINES["a14b"]
+
+
+def residents(pipe: Any) -> list[int]:
+    return [offloader(expert).stats().resident_units for expert in experts(pipe)]
+
+
+@pytest.mark.usefixtures("poisoned_homes")
+@pytest.mark.parametrize("name", ["t2v", "a14b", "vace", "animate"])
+def test_videos_are_the_same(name: str, planned: Any) -> None:
+    planned(WITHIN)
+    kind = PIPELINES[name]
+    pipe = kind.make()
+    expected = kind.run(pipe)
+    enable(pipe, workload=None, hardware=HERE)
+    for _ in range(2):
+        assert torch.equal(kind.run(pipe), expected)
+
+
+def test_what_stays_is_the_running_experts(planned: Any) -> None:
+    planned(WITHIN)
+    pipe = KIND.make()
+    seen: list[list[int]] = []
+    enable(pipe, workload=None, hardware=HERE)
+    KIND.run(pipe)
+    for expert in experts(pipe):
+        expert.register_forward_hook(lambda *_: seen.append(residents(pipe)))
+    KIND.run(pipe)
+    first, second = (len(offloader(expert).bindings) for expert in experts(pipe))
+    assert [first, 0] in seen
+    assert [0, second] in seen
+    assert all(0 in counts for counts in seen)
+    assert residents(pipe) == [0, second]  # until the next call
+
+
+def test_what_stays_is_not_brought_again_by_the_next_call(planned: Any) -> None:
+    planned(WITHIN)
+    kind = PIPELINES["t2v"]
+    pipe = kind.make()
+    enable(pipe, workload=None, hardware=HERE)
+    kind.run(pipe)
+    runtime = offloader(pipe.transformer)
+    fetched = runtime.stats().bytes_fetched
+    assert fetched == runtime.stats().host_bytes
+    kind.run(pipe)
+    assert runtime.stats().bytes_fetched == fetched
+    assert runtime.stats().resident_units == runtime.stats().units
+
+
+def test_a_wrapped_transformers_budget_is_kept_and_comes_back() -> None:
+    pipe, _ = wrapped_pipeline(vram_budget="1GiB")
+    budgets = [offloader(expert).budget for expert in experts(pipe)]
+    enable(pipe, **ON_CPU)
+    assert [offloader(expert).budget for expert in experts(pipe)] == budgets
+    wanoffload.disable(pipe)
+
+
+def test_the_plan_has_what_stays_and_the_part_of_one_expert() -> None:
+    card = Hardware("200GB", "200GB", 55.2, 6.9, 670.0, 592.0, 4298.0, 10.0)
+    options: dict[str, Any] = {"dit_layerwise_offload": True}
+    steps = []
+    for budget in ("4GB", "12GB", "20GB", "31GB"):
+        made = wanoffload.plan(
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            Workload(480, 832, 1),
+            card,
+            vram_budget=budget,
+            **options,
+        )
+        part = made.budget_of_one
+        assert part is not None
+        assert made.vram_budget is not None
+        assert 0 < made.vram_budget - part < 10**9  # the other expert's weights outside of blocks
+        taken = next(
+            c.candidate
+            for c in made.considered
+            if c.candidate.step_seconds is not None
+            and c.candidate.placement.prefetch == made.dit_offload_prefetch_size
+        )
+        assert taken.device_weight_bytes <= made.vram_budget
+        assert made.step_seconds is not None
+        steps.append(made.step_seconds)
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] < steps[0] / 3
+    assert wanoffload.plan("Wan-AI/Wan2.2-T2V-A14B-Diffusers").budget_of_one is None
