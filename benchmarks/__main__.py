@@ -1,6 +1,6 @@
-"""``python -m benchmarks CASE [CASE ...]``: measures cases, or prints what was measured.
+"""``python -m benchmarks CASE [CASE ...]``: measures cases, or shows what was measured.
 
-Progress goes to the standard error, tables to the standard output.
+Progress goes to the standard error, tables to the standard output, the picture to a file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from benchmarks import (
+    budget,
     limited,
     loading,
     machine,
@@ -25,14 +26,16 @@ from benchmarks import (
     tables,
     wrapping,
 )
+from benchmarks.budget import picture
 from benchmarks.contenders import DIFFUSERS_LEVELS, OURS_BY_TIER, RESIDENT
 from benchmarks.harness import ROOT, ResultStore, Session, say
 from benchmarks.models import MODELS
 
 CASES = {
-    case.NAME: case for case in (steps, memory, wrapping, micro, predict, limited, loading, packing)
+    case.NAME: case
+    for case in (steps, memory, wrapping, micro, predict, limited, loading, packing, budget)
 }
-TABLE = "table"
+TABLE, PICTURE = "table", "picture"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--frames", type=int, nargs="+", help="only the sizes with these frames")
     made.add_argument("--contenders", type=_names, help="names with commas between; see --list")
     made.add_argument("--parts", type=_names, help="only these parts of the cases that have some")
+    made.add_argument("--picture", type=Path, default=picture.DEFAULT, help="the picture's file")
     for case in CASES.values():
         case.add_options(made)
     return made
@@ -84,6 +88,7 @@ def print_list() -> None:
         if parts := _parts_of(case):
             print(f"  {'':10} parts: {', '.join(parts)}")
     print(f"  {TABLE:10} prints what --results holds, as markdown")
+    print(f"  {PICTURE:10} draws memory against speed, from the rows of budget in --results")
     print("models and sizes:")
     for spec in MODELS.values():
         slow = [f"{size} (only by --sizes)" for size in spec.slow_sizes]
@@ -93,6 +98,21 @@ def print_list() -> None:
         print(f"  {name}")
 
 
+def draw_picture(session: Session) -> None:
+    """Of the newest rows of the chosen model."""
+    options = session.options
+    made = picture.charts(session.store, options.model)
+    if not made:
+        session.failures.append(f"{PICTURE}: {session.store.path} has no steps under budgets")
+        return
+    try:
+        picture.draw(made, options.picture)
+    except ImportError as error:
+        session.failures.append(f"{PICTURE}: {error}; pip install 'wanoffload[bench]'")
+        return
+    print(options.picture)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; 0 when every row is there and verified."""
     made = parser()
@@ -100,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print_list()
         return 0
-    unknown = [name for name in options.cases if name not in (*CASES, TABLE)]
+    unknown = [name for name in options.cases if name not in (*CASES, TABLE, PICTURE)]
     if unknown or not options.cases:
         made.error(f"{', '.join(unknown)}: no such case; see --list" if unknown else "see --list")
     parts = {part for name in options.cases for part in _parts_of(CASES.get(name))}
@@ -112,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.cases:
         if name == TABLE:
             print(tables.render(store))
+        elif name == PICTURE:
+            draw_picture(session)
         else:
             CASES[name].run(session)
             machine.release_caches()

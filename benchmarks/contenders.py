@@ -75,11 +75,11 @@ class Contender(Protocol):
 class Wanoffload:
     """This project: blocks streamed from the host, ``prefetch`` blocks ahead.
 
-    ``host`` is the tier: page-locked or ordinary memory, or the checkpoint on disk. ``pack``: the
-    blocks stand packed.
+    ``prefetch`` None: as many as the plan within ``vram_budget`` takes. ``host`` is the tier:
+    page-locked or ordinary memory, or the checkpoint on disk. ``pack``: the blocks stand packed.
     """
 
-    prefetch: int
+    prefetch: int | None
     host: str = "pinned"
     pack: bool = False
     needs_gpu: bool = False
@@ -89,7 +89,8 @@ class Wanoffload:
         """For example ``wanoffload-p2``, or ``wanoffload-packed-pageable-p2``."""
         form = "-packed" if self.pack else ""
         kind = "" if self.host == "pinned" else f"-{self.host}"
-        return f"{OURS}{form}{kind}-p{self.prefetch}"
+        ahead = "" if self.prefetch is None else f"-p{self.prefetch}"
+        return f"{OURS}{form}{kind}{ahead}"
 
     def fingerprint(self, label: str | None) -> str:
         """A hash of the sources, or the label."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks import predict_tables
+from benchmarks.budget import tables as budget_tables
+from benchmarks.budget.bench import NAME as BUDGET
 from benchmarks.cells import Column, gigabytes, markdown, of_key, spread, yes
 from benchmarks.contenders import RESIDENT
 from benchmarks.harness import ResultStore, Row
@@ -34,6 +36,8 @@ def render(store: ResultStore) -> str:
         parts += loading_tables.sections(loaded)
         packed = [row for row in store.newest(PACKING) if row.machine == machine]
         parts += packing_tables.sections(packed)
+        budgets = [row for row in store.newest(BUDGET) if row.machine == machine]
+        parts += budget_tables.sections(budgets)
     return "\n\n".join(parts) or "Nothing was measured yet."
 
 

@@ -53,7 +53,8 @@ class Turns:
     """What one model gave over all its turns, and how often its blocks were compiled.
 
     ``graphs`` counts those of the first two forwards, ``recompiled`` those that came later.
-    ``step_ms`` are all steps, ``turn_ms`` the median of each turn.
+    ``step_ms`` are all steps, ``turn_ms`` the median of each turn. ``streamed``: bytes that each
+    forward fetches; None: all blocks, wherever they stand.
     """
 
     steps: int
@@ -62,6 +63,7 @@ class Turns:
     recompiled: int = 0
     fetches_right: bool = True
     bytes_per_step: float = 0.0
+    streamed: int | None = None
     step_ms: list[float] = field(default_factory=list)
     turn_ms: list[float] = field(default_factory=list)
 
@@ -84,8 +86,9 @@ class Measure:
         self._expected: list[torch.Tensor] = []
 
     @torch.inference_mode()
-    def warm_up(self, live: Live, turn_seconds: float) -> Turns:
-        """Both forwards once, from an empty cache: compiles, compares, finds the turns' length."""
+    def warm_up(self, live: Live, turn_seconds: float, steps: int | None = None) -> Turns:
+        """Both forwards once, from an empty cache: compiles, compares, finds the turns' length,
+        if ``steps`` does not give it."""
         machine.empty_caches()
         live.peak.restart()
         graphs = compiled_graphs()
@@ -96,8 +99,9 @@ class Measure:
             ]
         outputs, seconds = [output for output, _ in timed], [each for _, each in timed]
         self._expected = self._expected or outputs
-        steps = round(turn_seconds / (FORWARDS_PER_STEP * seconds[-1]))
-        steps = max(1, min(MAX_STEPS, steps))
+        if steps is None:
+            steps = round(turn_seconds / (FORWARDS_PER_STEP * seconds[-1]))
+            steps = max(1, min(MAX_STEPS, steps))
         say(f"{live.contender.name}: warm after {sum(seconds):.2f} s, {steps} steps a turn")
         return Turns(steps, self._as_expected(outputs), compiled_graphs() - graphs)
 
@@ -131,20 +135,24 @@ class Measure:
     def _check_fetches(self, before: Counters, after: Counters, turns: Turns) -> None:
         forwards = 1 + FORWARDS_PER_STEP * turns.steps
         blocks = self._weights.block_count
-        turns.fetches_right &= fetches_are_right(before, after, forwards, blocks)
+        turns.fetches_right &= fetches_are_right(before, after, forwards, blocks, turns.streamed)
         fetched = after.bytes_fetched - before.bytes_fetched
         turns.bytes_per_step = fetched / forwards * FORWARDS_PER_STEP
 
 
-def fetches_are_right(before: Counters, after: Counters, forwards: int, blocks: int) -> bool:
+def fetches_are_right(
+    before: Counters, after: Counters, forwards: int, blocks: int, streamed: int | None = None
+) -> bool:
     """Whether every block was acquired in every forward, and its bytes came over the link.
 
     An output can be right although the hooks are dead, if the weights happen to be elsewhere.
+    ``streamed``: bytes of each forward where some blocks stay on the device; None: all blocks'.
     """
     fetched = after.bytes_fetched - before.bytes_fetched
     acquired = after.acquires - before.acquires == forwards * blocks
     # Up to as much as the slots hold was there before, and is there ahead of time after; where
     # they hold everything, nothing has to come twice.
-    expected = forwards * after.host_bytes
-    least = 0 if after.slot_bytes >= after.host_bytes else expected - after.slot_bytes
+    each = after.host_bytes if streamed is None else streamed
+    expected = forwards * each
+    least = 0 if after.slot_bytes >= each else expected - after.slot_bytes
     return acquired and least <= fetched <= expected + after.slot_bytes

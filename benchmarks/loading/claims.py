@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-AT_MOST, AT_LEAST = "at most", "at least"
+AT_MOST, AT_LEAST, WITHIN = "at most", "at least", "within"
 
 
 @dataclass(frozen=True)
 class Claim:
     """One line of the table: `value` over `against`, both in `unit`, is what `bound` is about.
 
-    `bound` None: nothing was asked, the ratio is told all the same.
+    `bound` None: nothing was asked, the ratio is told all the same. WITHIN: the ratio may be so far
+    from 1, on either side.
     """
 
     what: str
@@ -33,6 +34,8 @@ class Claim:
         """Whether the bound holds; None without one."""
         if self.bound is None:
             return None
+        if self.sense == WITHIN:
+            return abs(self.ratio - 1) <= self.bound
         return self.ratio <= self.bound if self.sense == AT_MOST else self.ratio >= self.bound
 
     @property

@@ -15,12 +15,11 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Callable
 
-from benchmarks import machine
 from benchmarks.engine import Found
-from benchmarks.harness import Session, brief, code_fingerprint, say
-from benchmarks.loading.claims import Claim
+from benchmarks.harness import Session
 from benchmarks.packing import fresh, micro, peers, step, wrap
 from benchmarks.packing.bench import NAME, PackingBench
+from benchmarks.parts import run_parts
 
 __all__ = ["HELP", "NAME", "PARTS", "add_options", "run"]
 
@@ -40,35 +39,5 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(session: Session) -> None:
-    """Measures the chosen parts; one that fails does not keep the others from running."""
-    bench = PackingBench(session)
-    fingerprint = code_fingerprint(session.options.label)
-    try:
-        for part in session.chosen_parts(PARTS):
-            if session.out_of_time():
-                return
-            try:
-                _run_part(bench, part, fingerprint)
-            except Exception as error:  # reported, and the run fails in the end
-                bench.failed(part, error)
-    finally:
-        bench.close()
-        machine.release_caches()
-
-
-def _run_part(bench: PackingBench, part: str, fingerprint: str) -> None:
-    """The rows of a part that are not there yet."""
-    session = bench.session
-    base = {"model": bench.spec.name, "part": part}
-    frames = session.options.frames
-    whole = {**base, **({"frames": ",".join(map(str, frames))} if frames else {})}
-    if not session.missing(NAME, whole, fingerprint):
-        return
-    say(f"{NAME} {part}")
-    verified = True
-    for key, values in PARTS[part](bench):
-        row = session.record(NAME, {**base, **key}, fingerprint, values)
-        verified &= row.verified
-        for claim in values["claims"]:
-            say(f"{part} {brief(key)}: {Claim(**claim)}")
-    session.record(NAME, whole, fingerprint, {"verified": verified, "complete": True})
+    """Measures the chosen parts."""
+    run_parts(NAME, PackingBench(session), PARTS)

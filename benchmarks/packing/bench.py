@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -178,11 +177,6 @@ class PackingBench:
         assert after is not None
         acquired = after.acquires - before.acquires == self.bytes.block_count
         return acquired and torch.equal(output, self.expected)
-
-    def failed(self, part: str, error: Exception) -> None:
-        """Reports what went wrong."""
-        traceback.print_exception(error)
-        self.session.failures.append(f"{NAME} {part}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Takes everything down."""

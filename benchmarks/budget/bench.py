@@ -1,0 +1,85 @@
+"""What the parts share: the models, and the budgets that are measured."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+
+import wanoffload
+from benchmarks.contenders import Contender, Live, Wanoffload
+from benchmarks.engine import is_small
+from benchmarks.harness import Session
+from benchmarks.link import LinkProbe
+from benchmarks.models import Size
+from benchmarks.packing.bench import PACKED, PLAIN, PackingBench
+from wanoffload import residency
+from wanoffload.residency import ROUND_BYTES, UnitBytes, allocated
+
+NAME = "budget"
+FORMS = (PLAIN, PACKED)
+GB = 10**9
+BUDGETS = tuple(GB * size for size in (2, 4, 6, 8, 12, 16, 24, 30))
+# By form and frames: a budget more, and how many times as long as the resident model's a step may
+# be under it.
+LEAST = {(PACKED, 1): (21_500_000_000, 1.14), (PACKED, 17): (3 * GB, 1.025)}
+FIRST_TWO = 2  # sizes that are measured: beyond, every plan hides behind compute
+IDLE_S = 0.02  # an engine that has counted nothing for so long has all that it wants
+
+
+class BudgetBench(PackingBench):
+    """One run of the case. Models are wrapped once a form; then their budget is set."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.sizes = self.sizes[:FIRST_TWO]
+
+    @cached_property
+    def link(self) -> LinkProbe:
+        """The link, as one block's bytes see it."""
+        return LinkProbe.page_locked(self.device, self.bytes.largest_block)
+
+    @cached_property
+    def resident(self) -> Live:
+        """The model on the device; the link's probe comes first, so that it is no model's own."""
+        _ = self.link
+        return super().resident
+
+    def contender(self, form: str) -> Contender:
+        """This project, with as many blocks ahead as its plan takes."""
+        return Wanoffload(None, pack=form == PACKED)
+
+    def budgets(self, form: str, size: Size) -> list[int]:
+        """In bytes, from the smallest to the largest."""
+        if is_small(self.session):
+            return toy_budgets(wanoffload.offloader(self.live(form).model))
+        extra = LEAST.get((form, size.frames))
+        return sorted({*BUDGETS, *([extra[0]] if extra else [])})
+
+
+def toy_budgets(offloader: wanoffload.Offloader) -> list[int]:
+    """For blocks that are tiny beside what the allocator rounds to: one that is too small, the
+    least, some in between, and one under which everything stays."""
+    units = [UnitBytes(b.layout.nbytes, b.image.nbytes, b.packed) for b in offloader.bindings]
+    stats = offloader.stats()
+    passing = allocated(stats.slot_bytes) + allocated(stats.staging_bytes)
+    others = stats.device_bytes - passing - stats.resident_bytes
+    least = residency.least(units, others=others, prefetch=None)
+    return [least - 1, *(least + more * ROUND_BYTES for more in (0, 1, 2, len(units) + 2))]
+
+
+def name_of(budget: int | None) -> str:
+    """How rows call a budget; "none": no block stays on the device."""
+    if budget is None:
+        return "none"
+    return f"{budget / GB:g} GB" if budget >= GB else f"{budget} B"
+
+
+def settled_bytes(live: Live) -> int:
+    """Bytes fetched so far, once the engine has fetched all that it wants ahead."""
+    fetched: list[int] = []
+    while len(fetched) < 2 or fetched[-1] != fetched[-2]:
+        counters = live.contender.counters(live.model)
+        assert counters is not None
+        fetched.append(counters.bytes_fetched)
+        time.sleep(IDLE_S)
+    return fetched[-1]

@@ -1,0 +1,410 @@
+"""The benchmark case ``budget`` on a toy model: rows, verdicts, the picture; never times."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from benchmarks import __main__ as command
+from benchmarks import budget, contenders, models
+from benchmarks.budget import bench as budget_bench
+from benchmarks.budget import ceiling, peers, picture, predicted, steps, tables
+from benchmarks.harness import ResultStore, Row, Spread
+from benchmarks.loading.claims import AT_MOST, WITHIN, Claim
+from benchmarks.packing.bench import PACKED, PLAIN
+from benchmarks.predictions import inputs_of_prediction
+from wanoffload import Offloader
+from wanoffload.policy import cost
+
+pytestmark = pytest.mark.timeout(600)
+
+TINY = models.MODELS["tiny"]
+WAN_14B = models.MODELS["14b"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def bench(results: Path, *arguments: str) -> int:
+    small = ("--tiny", "--device", "cpu", "--forwards", "24", "--results", str(results))
+    return command.main(["budget", *small, *arguments])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows of all parts, measured once."""
+    path = tmp_path_factory.mktemp("budget") / "results.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert bench(path) == 0
+    return path
+
+
+def rows(results: Path, part: str) -> list[Row]:
+    """The measured rows of a part."""
+    found = [row for row in ResultStore(results).rows("budget") if row.key["part"] == part]
+    return [row for row in found if not row.values.get("complete")]
+
+
+# A run.
+
+
+def test_every_part_has_verified_rows(results: Path) -> None:
+    store = ResultStore(results)
+    assert all(row.verified for row in store.rows("budget"))
+    complete = [row.key["part"] for row in store.rows("budget") if row.values.get("complete")]
+    assert complete == list(budget.PARTS)
+    assert not rows(results, "peers")  # streams need a GPU
+
+
+def test_parts_that_are_there_are_not_measured_again(results: Path) -> None:
+    before = results.read_text()
+    assert bench(results) == 0
+    assert results.read_text() == before
+
+
+@pytest.mark.parametrize("size", [str(size) for size in TINY.sizes])
+@pytest.mark.parametrize("form", [PLAIN, PACKED])
+def test_budgets_go_from_none_over_too_little_to_everything(
+    results: Path, form: str, size: str
+) -> None:
+    found = [r for r in rows(results, "steps") if (r.key["form"], r.key["size"]) == (form, size)]
+    none, too_small, *others = found
+    assert none.key["budget"] == "none"
+    assert none.values["plan"]["resident"] == none.values["plan"]["kept_packed"] == 0
+    assert f"vram_budget is {too_small.values['budget']:,} bytes" in too_small.values["too_small"]
+    assert "plan" not in too_small.values
+    budgets = [row.values["budget"] for row in others]
+    assert budgets == sorted(budgets)
+    assert budgets[0] == too_small.values["budget"] + 1  # the least that is accepted
+    stayed = [r.values["plan"]["resident"] + r.values["plan"]["kept_packed"] for r in others]
+    assert stayed == sorted(stayed)
+    assert others[-1].values["plan"]["resident"] == TINY.config["num_layers"]
+    assert others[-1].values["plan"]["streamed_bytes"] == 0
+    for row in others:
+        assert row.values["device_bytes"] <= row.values["budget"]
+
+
+def test_a_row_has_its_floor_and_the_plan_of_the_run(results: Path) -> None:
+    for row in rows(results, "steps"):
+        if "plan" not in row.values:
+            continue
+        values, plan = row.values, row.values["plan"]
+        streamed = 2 * plan["streamed_bytes"] / values["link_gbps"]["median"] / 1e6
+        assert values["floor_ms"] == pytest.approx(max(values["resident_ms"], streamed))
+        units = plan["resident"] + plan["kept_packed"] + plan["streamed"]
+        assert units == plan["units"] == TINY.config["num_layers"]
+        assert values["equal"]
+        assert values["fetches_right"]
+
+
+def test_mixed_shapes_run_under_a_budget_and_under_an_automatic_one(results: Path) -> None:
+    fixed, auto = rows(results, "ceiling")
+    assert auto.key["budget"] == "auto"
+    for row in (fixed, auto):
+        assert row.values["forwards"] == 24
+        assert row.values["wrong"] == row.values["out_of_memory"] == 0
+    assert fixed.values["device_bytes"] <= fixed.values["budget"]
+    assert auto.values["stayed"][1] == TINY.config["num_layers"]
+
+
+def test_the_table_has_a_line_for_each_budget_and_each_thing_asked(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["table", "--results", str(results), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    asked, by_budget, mixed = (
+        printed.split(f"**{title}**")[1].split("\n\n**")[0]
+        for title in (
+            "Budgets, asked and measured",
+            "Steps under a budget",
+            "Forwards of mixed shapes",
+        )
+    )
+    measured = rows(results, "steps")
+    claims = [claim for row in measured for claim in tables.all_claims(row) if claim.asked]
+    assert asked.count("\n| tiny |") == len(claims)
+    assert by_budget.count("\n| tiny |") == len(measured)
+    assert by_budget.count("| too small |") == 4
+    assert "| 6 + 0 + 0 |" in by_budget
+    assert mixed.count("\n| tiny |") == 2
+
+
+def test_the_picture_is_a_png_of_the_rows(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "new" / "picture.png"
+    options = ("--tiny", "--results", str(results), "--picture", str(path), "--device", "cpu")
+    assert command.main(["picture", *options]) == 0
+    assert path.read_bytes().startswith(PNG)
+    assert capsys.readouterr().out.strip() == str(path)
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    options = ("--results", str(tmp_path / "none.jsonl"), "--picture", str(path))
+    assert command.main(["picture", "--tiny", "--device", "cpu", *options]) == 1
+    assert not path.exists()
+
+
+def test_the_list_names_the_case_and_the_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "parts: steps, ceiling, peers" in printed
+    assert "  picture " in printed
+
+
+# What must not pass.
+
+
+def test_other_bits_under_a_budget_are_not_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = contenders.Wanoffload.apply
+
+    def spoil(self: contenders.Wanoffload, model: Any, device: Any) -> None:
+        if self.pack:
+            model.get_parameter("blocks.0.ffn.net.2.weight").data[0] += 1
+        apply(self, model, device)
+
+    monkeypatch.setattr(contenders.Wanoffload, "apply", spoil)
+    path = tmp_path / "results.jsonl"
+    assert bench(path, "--parts", "steps,ceiling", "--frames", "1") == 1
+    measured = [row for row in rows(path, "steps") if "plan" in row.values]
+    assert {row.key["form"]: row.verified for row in measured} == {PLAIN: True, PACKED: False}
+    assert not any(row.verified for row in rows(path, "ceiling"))
+
+
+def test_forwards_that_fetch_another_number_of_bytes_are_not_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = contenders.Wanoffload.counters
+
+    def one_more(self: contenders.Wanoffload, model: torch.nn.Module) -> contenders.Counters:
+        true = counters(self, model)
+        return dataclasses.replace(true, bytes_fetched=true.bytes_fetched + true.forwards)
+
+    monkeypatch.setattr(contenders.Wanoffload, "counters", one_more)
+    path = tmp_path / "results.jsonl"
+    assert bench(path, "--parts", "steps", "--frames", "1") == 1
+    measured = [row for row in rows(path, "steps") if "plan" in row.values]
+    assert all(row.values["equal"] for row in measured)
+    assert not any(row.verified for row in measured)
+
+
+def test_running_out_of_memory_is_counted_and_not_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = ceiling.forward, []
+
+    def fail_once(model: Any, *args: Any) -> torch.Tensor:
+        calls.append(model)
+        if len(calls) == 30:  # the first 24 are the resident model's
+            raise torch.OutOfMemoryError("no memory")
+        return forward(model, *args)
+
+    monkeypatch.setattr(ceiling, "forward", fail_once)
+    path = tmp_path / "results.jsonl"
+    assert bench(path, "--parts", "ceiling") == 1
+    fixed, auto = rows(path, "ceiling")
+    assert (fixed.values["out_of_memory"], fixed.verified) == (1, False)
+    assert (auto.values["out_of_memory"], auto.verified) == (0, True)
+
+
+def test_models_are_left_without_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one part leaves on the device would count as another's."""
+    given: list[Any] = []
+    set_budget = Offloader.set_budget
+
+    def note(self: Offloader, vram_budget: Any) -> None:
+        given.append(vram_budget)
+        set_budget(self, vram_budget)
+
+    monkeypatch.setattr(Offloader, "set_budget", note)
+    assert bench(tmp_path / "results.jsonl", "--parts", "ceiling") == 0
+    assert given[1:] == ["auto", None]
+
+
+# What was asked, and what it is compared with.
+
+
+def test_bounds_are_those_that_were_asked() -> None:
+    assert [size / 1e9 for size in budget_bench.BUDGETS] == [2, 4, 6, 8, 12, 16, 24, 30]
+    assert (steps.BESIDE_FLOOR, steps.MONOTONE, steps.BESIDE_NO_BUDGET) == (1.03, 1.01, 1.01)
+    assert (predicted.STEP_WITHIN, predicted.MEMORY_WITHIN) == (0.05, 0.01)
+    assert budget_bench.LEAST == {
+        (PACKED, 1): (21_500_000_000, 1.14),
+        (PACKED, 17): (3_000_000_000, 1.025),
+    }
+    assert (ceiling.FORWARDS, ceiling.BUDGET, ceiling.MARGIN) == (200, 8_000_000_000, 1.02)
+
+
+def test_least_memory_is_measured_in_the_form_and_at_the_size_it_was_asked_of() -> None:
+    made: Any = type("Bench", (), {})()
+    made.session = type("Session", (), {"options": type("Options", (), {"model": "14b"})})
+    budgets = {
+        (form, size.frames): budget_bench.BudgetBench.budgets(made, form, size)
+        for form in (PLAIN, PACKED)
+        for size in WAN_14B.sizes[:2]
+    }
+    usual = list(budget_bench.BUDGETS)
+    assert budgets[PLAIN, 1] == budgets[PLAIN, 17] == usual
+    assert budgets[PACKED, 1] == sorted([*usual, 21_500_000_000])
+    assert budgets[PACKED, 17] == sorted([*usual, 3_000_000_000])
+
+
+def values(nbytes: int | None, x_resident: float = 1.02, **more: Any) -> dict[str, Any]:
+    """Of a row of `steps`, as if measured on a GPU."""
+    step = Spread.of([1000 * x_resident]).as_json()
+    hardware = dataclasses.replace(cost.ASSUMED, device_memory="80GiB", host_memory="128GiB")
+    return {
+        "verified": True,
+        "budget": nbytes,
+        "step_ms": step,
+        "resident_ms": 1000.0,
+        "floor_ms": 1000.0,
+        "x_resident": x_resident,
+        "x_floor": x_resident,
+        "link_gbps": Spread.of([55.0]).as_json(),
+        "device_bytes": nbytes or 2_700_000_000,
+        "plan": {"depth": 1 if nbytes else 2},
+        "claims": [],
+        **inputs_of_prediction(WAN_14B, WAN_14B.sizes[1], hardware),
+        **more,
+    }
+
+
+def test_a_budget_is_judged_beside_the_floor_the_smaller_one_and_none() -> None:
+    seen = steps._Seen(no_budget=1.0, smaller=1.03)
+    size = WAN_14B.sizes[1]
+    claims = steps._claims(PACKED, size, values(3_000_000_000), seen)
+    assert [(c.against_is, c.bound, c.kept) for c in claims] == [
+        ("its floor, max(C, S / R)", 1.03, True),
+        ("resident", 1.025, True),
+        ("budget", 1.0, True),
+        ("the next smaller budget", 1.01, True),
+        ("no budget", 1.01, False),
+    ]
+    plain = steps._claims(PLAIN, size, values(3_000_000_000), steps._Seen())
+    assert {c.against_is: c.bound for c in plain}["resident"] is None
+    none = steps._claims(PACKED, size, values(None), steps._Seen())
+    assert [c.against_is for c in none] == ["its floor, max(C, S / R)", "resident"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept"), [(0.94, False), (0.96, True), (1.04, True), (1.06, False)]
+)
+def test_a_prediction_may_be_off_on_either_side(ratio: float, kept: bool) -> None:
+    claim = Claim("step, predicted", ratio, 1.0, "measured", "ms", 0.05, WITHIN)
+    assert claim.kept is kept
+    assert claim.asked.startswith("within 0.05, ")
+    assert Claim("step", ratio, 1.0, "resident", "ms", 1.05, AT_MOST).kept is (ratio <= 1.05)
+
+
+def test_predictions_are_the_cost_models_for_the_budget_of_the_row() -> None:
+    row = budget_row(PACKED, values(8_000_000_000))
+    step, memory = predicted.claims(row)
+    assert (step.bound, memory.bound) == (0.05, 0.01)
+    says = predicted.Predicted.of("14b", PACKED, row.values)
+    assert (step.value, memory.value) == (says.step_ms, says.device_bytes / 1e9)
+    assert 7_000_000_000 < says.device_bytes <= 8_000_000_000
+    everything = values(30_000_000_000, plan={"depth": 0})
+    whole = predicted.Predicted.of("14b", PLAIN, everything)
+    assert whole.device_bytes == pytest.approx(models.model_bytes(WAN_14B).all, rel=0.005)
+    assert predicted.claims(budget_row(PLAIN, {"verified": True, "claims": []})) == []
+
+
+def test_reserved_memory_is_judged_against_budget_and_activations() -> None:
+    ran = ceiling._Ran(forwards=200, reserved=10_400_000_000)
+    (claim,) = ceiling._claims(ran, 8_000_000_000, 2_200_000_000)
+    assert claim.against == pytest.approx(10.2)
+    assert (claim.bound, claim.kept) == (1.02, True)
+    ran.reserved = 10_405_000_000
+    (claim,) = ceiling._claims(ran, 8_000_000_000, 2_200_000_000)
+    assert claim.kept is False
+
+
+# The picture.
+
+
+def budget_row(form: str, measured: dict[str, Any], **more: Any) -> Row:
+    key = {"model": "14b", "part": "steps", "form": form, "size": "480x832x17", **more}
+    return Row("budget", key, "code", {"verified": True, **measured}, "a machine", "now")
+
+
+def step_row(contender: str, allocated: int, ms: float) -> Row:
+    key = {"model": "14b", "size": "480x832x17", "contender": contender, "compiled": False}
+    measured = {
+        "verified": True,
+        "step_ms": Spread.of([ms]).as_json(),
+        "device_peak_allocated": allocated,
+        "model_bytes": 28_600_000_000,
+    }
+    return Row("step", key, "code", measured, "a machine", "now")
+
+
+def stored(path: Path, *given: Row) -> ResultStore:
+    store = ResultStore(path)
+    for row in given:
+        store.add(row)
+    return store
+
+
+def test_a_chart_has_both_forms_their_floors_and_the_peers(tmp_path: Path) -> None:
+    given = [
+        budget_row(form, values(nbytes, x), budget=f"{nbytes}")
+        for form in (PLAIN, PACKED)
+        for nbytes, x in ((8_000_000_000, 1.1), (4_000_000_000, 1.2))
+    ]
+    given.append(budget_row(PLAIN, {"budget": 2 * 10**9, "claims": []}, budget="too small"))
+    given += [
+        step_row("resident", 29_600_000_000, 1000.0),
+        step_row("diffusers-leaf-stream", 1_500_000_000, 1190.0),
+        step_row("wanoffload-p2", 3_600_000_000, 1010.0),
+    ]
+    (chart,) = picture.charts(stored(tmp_path / "rows.jsonl", *given), "14b")
+    assert chart.title == "14b, 480x832x17"
+    for form in (PLAIN, PACKED):
+        assert chart.ours[form] == [picture.Point(4.0, 1200.0), picture.Point(8.0, 1100.0)]
+        assert chart.floors[form] == [picture.Point(4.0, 1000.0), picture.Point(8.0, 1000.0)]
+    assert chart.resident is not None
+    assert chart.resident.step_ms == 1000.0
+    assert chart.peers == {"diffusers-leaf-stream": picture.Point(0.5, 1190.0)}
+
+
+def test_a_peer_measured_beside_budgets_wins_over_that_of_another_case(tmp_path: Path) -> None:
+    key = {
+        "model": "14b",
+        "part": "peers",
+        "size": "480x832x17",
+        "contender": "diffusers-leaf-stream",
+    }
+    measured = {**values(None), "device_bytes": 450_000_000}
+    given = [
+        budget_row(PLAIN, values(4_000_000_000), budget="4 GB"),
+        step_row("resident", 29_600_000_000, 1000.0),
+        step_row("diffusers-leaf-stream", 1_500_000_000, 1190.0),
+        Row("budget", key, "code", measured, "a machine", "now"),
+    ]
+    (chart,) = picture.charts(stored(tmp_path / "rows.jsonl", *given), "14b")
+    assert chart.peers == {"diffusers-leaf-stream": picture.Point(0.45, 1020.0)}
+
+
+def test_weights_at_a_peak_are_what_activations_leave() -> None:
+    assert peers.weight_bytes(1500, resident_peak=29_600, model=28_600) == 500
+    assert peers.weight_bytes(900, resident_peak=29_600, model=28_600) == 0
+
+
+def test_only_drawing_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    path = tmp_path / "rows.jsonl"
+    stored(path, budget_row(PLAIN, values(4_000_000_000), budget="4 GB"))
+    options = ("--results", str(path), "--picture", str(tmp_path / "p.png"), "--device", "cpu")
+    assert command.main(["picture", *options]) == 1
+    assert not (tmp_path / "p.png").exists()
