@@ -72,7 +72,8 @@ def memory(units: Sequence[UnitBytes], row: str, depth: int, others: int) -> tup
         letter: [u for u, own in zip(units, row, strict=True) if own == letter] for letter in "rks"
     }
     passing = of["k"] + of["s"]
-    staging = max((min(u.stored, CHUNK) for u in of["s"] if u.packed), default=0)
+    # What is resident comes over the link too, once.
+    staging = max((min(u.stored, CHUNK) for u in of["s"] + of["r"] if u.packed), default=0)
     allocations = [256 + unit.plain for unit in of["r"]] + [256 + unit.stored for unit in of["k"]]
     if passing:
         slots = min(depth + 1, len(passing))
@@ -198,13 +199,16 @@ def test_without_a_budget_everything_streams() -> None:
 
 
 def test_what_fits_is_resident_to_the_byte() -> None:
-    everything = OTHERS + 40 * allocated(256 + PACKED.plain)
-    plan = choose([PACKED] * 40, everything, others=OTHERS, prefetch=2, rates=LINK)
-    assert plan.resident == frozenset(range(40))
-    assert (plan.slots, plan.depth, plan.staging_bytes, plan.slot_bytes) == (0, 0, 0, 0)
-    assert plan.seconds == LINK.compute_s
-    plan = choose([PACKED] * 40, everything - 1, others=OTHERS, prefetch=2)
-    assert plan.slots == 3
+    for unit, staging in ((BLOCK, 0), (PACKED, CHUNK)):
+        staged = allocated(256 + 3 * staging) if staging else 0
+        everything = OTHERS + 40 * allocated(256 + unit.plain) + staged
+        plan = choose([unit] * 40, everything, others=OTHERS, prefetch=2, rates=LINK)
+        assert plan.resident == frozenset(range(40))
+        assert (plan.slots, plan.depth, plan.slot_bytes) == (0, 0, 0)
+        assert plan.staging_bytes == staging
+        assert plan.seconds == LINK.compute_s
+        plan = choose([unit] * 40, everything - 1, others=OTHERS, prefetch=2)
+        assert plan.slots == 3
 
 
 def test_large_units_that_stay_make_the_slots_smaller() -> None:
@@ -337,13 +341,17 @@ def test_packed_units_are_kept_packed_while_the_link_binds_and_then_plain() -> N
     assert resident[-1] > 25
 
 
-def test_staging_memory_is_there_if_something_packed_streams() -> None:
+def test_staging_memory_is_there_if_something_packed_comes_over_the_link() -> None:
     plan = choose([PACKED] * 40, 10 * 10**9, others=0, prefetch=1)
     assert plan.staging_bytes == CHUNK
     assert choose([PACKED] * 40, 10**10, others=0, prefetch=1, largest_chunk=5).staging_bytes == 5
-    plan = choose([PACKED] * 40, 22 * 10**9, others=0, prefetch=1)
+    kept = 40 * allocated(256 + PACKED.stored) + allocated(256 + 2 * PACKED.plain)
+    plan = choose([PACKED] * 40, kept, others=0, prefetch=1)
     assert plan.streamed_bytes == plan.staging_bytes == 0
-    assert len(plan.kept_packed) + len(plan.resident) == 40
+    assert len(plan.kept_packed) == 40
+    plan = choose([PACKED] * 40, 24 * 10**9, others=0, prefetch=1)  # what is resident comes once
+    assert plan.streamed_bytes == 0 < len(plan.resident)
+    assert plan.staging_bytes == CHUNK
 
 
 def test_depth_0_is_the_last_resort() -> None:
