@@ -89,13 +89,13 @@ class _Sweep:
 
     def _row(self, live: Live, offloader: Offloader, budget: int | None) -> dict[str, Any]:
         gbps = [self.bench.link.measure()]
-        mine, fetched_exactly = self._turn(live, offloader)
+        mine, as_planned = self._turn(live, offloader)
         gbps.append(self.bench.link.measure())
         self.measure.take(self.bench.resident, self.resident)
         values = {
-            "verified": mine.equal and mine.fetches_right and fetched_exactly,
+            "verified": mine.equal and mine.fetches_right and as_planned,
             "equal": mine.equal,
-            "fetches_right": mine.fetches_right and fetched_exactly,
+            "fetches_right": mine.fetches_right and as_planned,
             "budget": budget,
             "too_small": None,
             **_times(mine, self.resident.turn_ms[-2:], Spread.of(gbps)),
@@ -108,14 +108,15 @@ class _Sweep:
         return values
 
     def _turn(self, live: Live, offloader: Offloader) -> tuple[Turns, bool]:
-        """Steps once what is to stay is there, and whether they fetched what the plan says."""
+        """Steps once what is to stay is there, and whether they fetched what the plan says: less, if
+        a unit that streams found its slot unneeded by others, and stayed there."""
         steps = STEPS.get(self.size.frames, STEPS_OF_LONG)
         turns = self.measure.warm_up(live, 0.0, steps)
         turns.streamed = offloader.residency.streamed_bytes
         before = settled_bytes(live)
         self.measure.take(live, turns)
         forwards = 1 + FORWARDS_PER_STEP * turns.steps
-        return turns, settled_bytes(live) - before == forwards * turns.streamed
+        return turns, settled_bytes(live) - before <= forwards * turns.streamed
 
     def _remember(self, budget: int | None, x_resident: float) -> None:
         if budget is None:
