@@ -202,3 +202,17 @@ def test_on_the_host_backend_it_runs_with_the_machine_as_it_is() -> None:
     for _ in range(3):
         assert torch.equal(forward(model, KIND.inputs()), forward(KIND.make(), KIND.inputs()))
     assert offloader.stats().resident_units == offloader.stats().units
+
+
+def test_a_shape_that_comes_once_brings_nothing(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To bring blocks for one forward costs what it saves."""
+    model, offloader = wrapped()
+    shapes = iter("ABAABB")
+    monkeypatch.setattr("wanoffload.activations._shapes", lambda _: (next(shapes), 1))
+    stay = []
+    for _ in range(6):
+        run_model(model, card)
+        stay.append(offloader.stats().resident_units > 0)
+    assert stay == [False, False, False, True, True, True]
