@@ -18,6 +18,7 @@ from wanoffload import Hardware, Workload, enable, offloader
 __all__ = ["planned", "poisoned_homes"]
 
 WITHIN = replace(STREAMING, budget_of_one=1 << 30)
+CALL = Workload(480, 832, 1)
 KIND = PIPELINES["a14b"]
 
 
@@ -67,6 +68,30 @@ def test_what_stays_is_not_brought_again_by_the_next_call(planned: Any) -> None:
     assert runtime.stats().resident_units == runtime.stats().units
 
 
+def test_nothing_stays_while_others_need_the_room(planned: Any) -> None:
+    planned(replace(WITHIN, residents_stay=False))
+    kind = PIPELINES["t2v"]
+    pipe = kind.make()
+    expected = kind.run(pipe)
+    enable(pipe, workload=None, hardware=HERE)
+    kind.run(pipe)
+    runtime = offloader(pipe.transformer)
+    assert runtime.stats().resident_units == 0
+    fetched = runtime.stats().bytes_fetched
+    assert torch.equal(kind.run(pipe), expected)
+    assert runtime.stats().bytes_fetched >= fetched + runtime.stats().host_bytes
+
+
+def test_a_plan_lets_blocks_go_for_the_encoder_where_both_do_not_fit() -> None:
+    options: dict[str, Any] = {"vram_budget": "16GB", "pack": False}
+    for memory, stays in (("24GB", False), ("80GB", True)):
+        card = Hardware(memory, "200GB", 55.2)
+        made = wanoffload.plan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", CALL, card, **options)
+        assert (made.fits, made.dit_layerwise_offload, made.residents_stay) == (True, True, stays)
+        assert ("while it runs" in made.explain()) is not stays
+        assert "of 40 blocks stay on the device" in made.explain()
+
+
 def test_a_wrapped_transformers_budget_is_kept_and_comes_back() -> None:
     pipe, _ = wrapped_pipeline(vram_budget="1GiB")
     budgets = [offloader(expert).budget for expert in experts(pipe)]
@@ -82,7 +107,7 @@ def test_the_plan_has_what_stays_and_the_part_of_one_expert() -> None:
     for budget in ("4GB", "12GB", "20GB", "31GB"):
         made = wanoffload.plan(
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-            Workload(480, 832, 1),
+            CALL,
             card,
             vram_budget=budget,
             **options,

@@ -67,6 +67,7 @@ class StandIn:
     use_fsdp_inference: bool = False
     pack_share: float | None = None
     budget_of_one: int | None = None
+    residents_stay: bool = True
     step_seconds: float | None = None
     host_locked_bytes: int | None = None
     fits: bool = True

@@ -111,11 +111,13 @@ class Homes:
     def units(self) -> dict[int, Home]:
         return self._homes
 
-    def keep_only(self, wanted: Mapping[int, Wanted]) -> None:
-        """Lets go of what is not wanted, or is wanted in another way. No engine uses them."""
-        for unit, home in list(self._homes.items()):
-            if wanted.get(unit) != home.wanted:
-                del self._homes[unit]
+    def keep_only(self, wanted: Mapping[int, Wanted]) -> bool:
+        """Lets go of what is not wanted, or is wanted in another way; whether there was something.
+        No engine uses them."""
+        others = [unit for unit, home in self._homes.items() if wanted.get(unit) != home.wanted]
+        for unit in others:
+            del self._homes[unit]
+        return bool(others)
 
     def make(self, wanted: Mapping[int, Wanted]) -> None:
         """Allocates what is missing, in the order of the units. Raises torch.OutOfMemoryError; what

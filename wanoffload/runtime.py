@@ -227,7 +227,8 @@ class Offloader(hooks.Attached):
         """
         self.residency = residency
         wanted = self._wanted(residency)
-        self.homes.keep_only(wanted)
+        if self.homes.keep_only(wanted):  # a ceiling is one for what the allocator holds, too
+            _give_back_cached(self.device)
         with ordinary_tensors():
             if (self.slots.count, self.slots.slot_bytes) != (residency.slots, residency.slot_bytes):
                 self.slots = no_memory()

@@ -74,7 +74,8 @@ def wrap(
         vram_budget: what the weights may take on the device, all together, slots included: bytes,
             text such as "12GiB", or a fraction of what is free there now. As many blocks as fit
             stay on the device once they have come, evenly between those that are streamed; with
-            `pack`, packed as long as the link is the limit. A hard ceiling: what activations take
+            `pack`, packed, so that 1.4 times as many do. "auto": what activations leave, found out
+            from forward to forward. A hard ceiling: what activations take
             comes on top. None: no block stays. See `offloader(transformer).residency` for what was
             chosen, and `.set_budget()` to change it.
         host: where the weights stand on the host. "pinned": page-locked memory, one copy at the

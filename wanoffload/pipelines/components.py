@@ -42,7 +42,8 @@ OTHER = "other"
 class Treatment:
     """How a component is run. `prefetch`: of a streamed one, in blocks. `pack`: of a streamed DiT,
     the share of its blocks that is packed; None: nothing was said of it. `budget`: of a streamed
-    DiT, what its weights may take on the device; None: no block stays there.
+    DiT, what its weights may take on the device; None: no block stays there. `residents_stay`:
+    what stays there does so while other components run.
 
     Parked: the component goes to the device as a whole for its use. Streamed: a DiT's blocks pass
     through slots and the rest stays on the device; of an encoder, the rest goes to the device and
@@ -53,6 +54,7 @@ class Treatment:
     prefetch: int = 0
     pack: float | None = None
     budget: int | None = None
+    residents_stay: bool = True
 
 
 class Acted(Protocol):
@@ -78,6 +80,8 @@ class Acted(Protocol):
     def pack_share(self) -> float | None: ...
     @property
     def budget_of_one(self) -> int | None: ...
+    @property
+    def residents_stay(self) -> bool: ...
 
 
 def role(name: str) -> str:
@@ -109,7 +113,11 @@ def _dit(plan: Acted) -> Treatment:
     if plan.dit_layerwise_offload:  # with dit_cpu_offload too: its weights start on the host
         assert plan.dit_offload_prefetch_size is not None
         return Treatment(
-            STREAMED, plan.dit_offload_prefetch_size, plan.pack_share, plan.budget_of_one
+            STREAMED,
+            plan.dit_offload_prefetch_size,
+            plan.pack_share,
+            plan.budget_of_one,
+            plan.residents_stay,
         )
     return Treatment(PARKED if plan.dit_cpu_offload else RESIDENT)
 
@@ -260,7 +268,7 @@ class Component:
         if role(self.name) == DIT:
             if wanted.budget is not None:
                 runtime.set_budget(wanted.budget)
-            self._come_with_forwards(runtime)
+            self._come_with_forwards(runtime, wanted)
 
     def _read(
         self, unread: Unread, wanted: Treatment, progress: tqdm[NoReturn], host: HostChoice
@@ -288,10 +296,10 @@ class Component:
             host = HostChoice(AUTO, host.budget)
         self._stream(self.module, wanted, wrapping.MOVE, progress, host)
         assert self.runtime is not None
-        self._come_with_forwards(self.runtime)
+        self._come_with_forwards(self.runtime, wanted)
 
-    def _come_with_forwards(self, runtime: Offloader) -> None:
-        tenant = StreamedTenant(self.floor, runtime)
+    def _come_with_forwards(self, runtime: Offloader, wanted: Treatment) -> None:
+        tenant = StreamedTenant(self.floor, runtime, wanted.residents_stay)
         runtime.before_forward = lambda: self.floor.enter(tenant)
 
     def _stream_encoder(

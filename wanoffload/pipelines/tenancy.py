@@ -69,12 +69,14 @@ class StreamedTenant:
     """A streamed DiT: its slots come with its forward, and go when another tenant comes.
 
     What it has on the device by a budget that was given stays there, from call to call, until
-    another DiT comes: one budget is for both.
+    another DiT comes: one budget is for both. Not so, without `residents_stay`, where others need
+    the room.
     """
 
-    def __init__(self, floor: Floor, runtime: Offloader) -> None:
+    def __init__(self, floor: Floor, runtime: Offloader, residents_stay: bool) -> None:
         self.floor = floor
         self.runtime = runtime
+        self._residents_stay = residents_stay
 
     def arrive(self) -> None:
         """The offloader resumes by itself. Another's blocks make room."""
@@ -84,7 +86,8 @@ class StreamedTenant:
         self.floor.residents = self.runtime
 
     def leave(self) -> None:
-        self.runtime.pause(keep_residents=self.runtime.budget.nbytes is not None)
+        given = self.runtime.budget.nbytes is not None and not self.runtime.budget.auto
+        self.runtime.pause(keep_residents=given and self._residents_stay)
 
 
 class ComponentHook(hooks.Attached):

@@ -94,7 +94,8 @@ class Candidate:
     `device_weight_bytes`: of the DiT at most, slots and staging included. `device_need_bytes`: the
     peak with the stated reserve. `host_locked_bytes`: page-locked, of all components.
     `link_bytes`: of the DiT's weights that come over the link in each forward. `resident_units`,
-    `kept_packed_units`: blocks of a DiT that stay on the device under a budget, plain or packed.
+    `kept_packed_units`: blocks of a DiT that stay on the device under a budget, plain or packed;
+    `residents_stay`: also while other components run.
     """
 
     placement: Placement
@@ -108,6 +109,12 @@ class Candidate:
     staging_bytes: int = 0
     resident_units: int = 0
     kept_packed_units: int = 0
+    residents_stay: bool = True
+
+    @property
+    def staying_units(self) -> int:
+        """Blocks that stay on the device, plain or packed."""
+        return self.resident_units + self.kept_packed_units
 
 
 @dataclass(frozen=True)
@@ -180,14 +187,17 @@ def predict(
     videos = workload.videos if workload else 1
     activations = videos * max((_activations(dit, tokens) for dit in facts.dits), default=0)
     weights = _weights_while_denoising(facts, placement, budget, stay)
+    others = _other_stages(facts, placement, around, workload)
     kept = max(within.kept_bytes(facts, stay), default=0)
-    stages = [
-        Stage(weights + _standing(facts, around), activations),
-        *_other_stages(facts, placement, around, workload, kept),
-    ]
+    room = machine.device_memory
+    between = max((stage.need_bytes for stage in others), default=0) + kept + RESERVE_BYTES
+    stays = room is None or between <= int(room)
+    if stays:
+        others = [replace(stage, weights=stage.weights + kept) for stage in others]
+    stages = [Stage(weights + _standing(facts, around), activations), *others]
     return Candidate(
         placement=placement,
-        step_seconds=_step_seconds(facts, placement, tokens, workload, machine, stay),
+        step_seconds=_step_seconds(facts, placement, tokens, workload, machine, stay, stays),
         start_seconds=_start_seconds(facts, placement, around, machine),
         device_peak_bytes=max(stage.peak_bytes for stage in stages),
         device_need_bytes=max(stage.need_bytes for stage in stages) + RESERVE_BYTES,
@@ -197,6 +207,7 @@ def predict(
         staging_bytes=_staging(facts, placement),
         resident_units=max((len(residency.resident) for residency in stay), default=0),
         kept_packed_units=max((len(residency.kept_packed) for residency in stay), default=0),
+        residents_stay=stays,
     )
 
 
@@ -292,15 +303,14 @@ def _other_stages(
     placement: Placement,
     around: Around,
     workload: Workload | None,
-    kept: int = 0,
 ) -> list[Stage]:
-    """What is on the device while each of the other components runs. `kept`: of a DiT's blocks."""
+    """What is on the device while each of the other components runs."""
     stages = []
     for name, component, how in _auxiliary(facts, around):
         own = component.bytes
         if how == STREAM:
             own = component.other_bytes + slots_bytes(component, ENCODER_PREFETCH)
-        fixed = kept + _weights_between(facts, placement) + _standing(facts, around, name) + own
+        fixed = _weights_between(facts, placement) + _standing(facts, around, name) + own
         activations = _image_activations(component, workload)
         workspaces = round(activations * CONVOLUTION_WORKSPACES)
         stages.append(Stage(fixed, activations, workspaces))
@@ -350,28 +360,30 @@ def _step_seconds(
     workload: Workload | None,
     machine: Hardware,
     stay: list[Residency],
+    stays: bool,
 ) -> float | None:
     """Seconds of one denoising step, of the slower expert; moves are spread over all steps."""
     if workload is None or not facts.dits:
         return None
-    stays = stay if len(stay) == len(facts.dits) else [None] * len(facts.dits)
+    known_of = stay if len(stay) == len(facts.dits) else [None] * len(facts.dits)
     times = [
         _forward(dit, placement, tokens, workload.videos, machine, residency)
-        for dit, residency in zip(facts.dits, stays, strict=True)
+        for dit, residency in zip(facts.dits, known_of, strict=True)
     ]
     known = [time for time in times if time is not None]
     if len(known) < len(times):
         return None
     step = max(known) * workload.forwards_per_step
-    return step + _link_seconds(_moved(facts, placement, stay), machine) / workload.steps
+    return step + _link_seconds(_moved(facts, placement, stay, stays), machine) / workload.steps
 
 
-def _moved(facts: ModelFacts, placement: Placement, stay: list[Residency]) -> int:
+def _moved(facts: ModelFacts, placement: Placement, stay: list[Residency], stays: bool) -> int:
     """Bytes that come to the device once in each generation."""
     if placement.kind == WHOLE:
         return sum(dit.bytes for dit in facts.dits)
-    # One expert's blocks give way to the other's; a single DiT's stay from one to the next.
-    return sum(within.kept_bytes(facts, stay)) if len(facts.dits) > 1 else 0
+    # One expert's blocks give way to the other's; a single DiT's may stay from one to the next.
+    again = len(facts.dits) > 1 or not stays
+    return sum(within.kept_bytes(facts, stay)) if again else 0
 
 
 def _link_seconds(nbytes: int, machine: Hardware) -> float:

@@ -110,7 +110,21 @@ def _of_the_dit(plan: Plan) -> str:
         STREAM: f"is streamed block by block, {plan.dit_offload_prefetch_size} ahead",
     }
     form = f", {form_name(plan, plan.pack_share)}" if plan.pack_share else ""
-    return f"The DiT {how[taken(plan).kind]}{form}"
+    return f"The DiT {how[taken(plan).kind]}{form}{_staying(plan)}"
+
+
+def _staying(plan: Plan) -> str:
+    """What stays on the device under a budget."""
+    placement = taken(plan)
+    found = (c.candidate for c in plan.considered if c.candidate.placement == placement)
+    candidate = next(found, None)
+    if candidate is None or not candidate.staying_units:
+        return ""
+    kept = candidate.kept_packed_units
+    packed = f", {kept} of them packed" if kept else ""
+    until = "" if plan.residents_stay else ", while it runs"
+    blocks = most_blocks(plan.facts)
+    return f"; {candidate.staying_units} of {blocks} blocks stay on the device{packed}{until}"
 
 
 def form_name(plan: Plan, share: float) -> str:
@@ -171,6 +185,8 @@ def _form(plan: Plan, each: Considered) -> str:
     if candidate.step_seconds is not None:
         parts.append(f"{candidate.step_seconds:.4g} s a step")
     parts.append(f"{gb(candidate.host_locked_bytes)} page-locked")
+    if candidate.staying_units:
+        parts.append(f"{candidate.staying_units} blocks stay on the device")
     if candidate.staging_bytes:
         parts.append(f"{gb(candidate.staging_bytes)} of staging on the device")
     is_taken = candidate.placement == taken(plan)

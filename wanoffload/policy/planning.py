@@ -65,6 +65,8 @@ class Plan:
     fits: bool
     reasons: Mapping[str, str]
     messages: tuple[str, ...] = ()
+    residents_stay: bool = True
+    """Whether what stays on the device under `vram_budget` does so while other components run."""
     considered: tuple[Considered, ...] = field(default=(), repr=False)
     forms: tuple[Considered, ...] = field(default=(), repr=False)
 
@@ -273,6 +275,7 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
         fits=any(c.obstacle is None for c in considered),
         reasons=MappingProxyType(decision.reasons),
         messages=tuple(decision.messages),
+        residents_stay=taken.residents_stay,
         considered=tuple(considered),
         forms=tuple(forms.of_the_same(problem, placement)) if whole else (),
     )
