@@ -99,7 +99,12 @@ void Prefetcher::check_open() const {
 
 void Prefetcher::check_open(int unit) const {
   check_open();
-  if (unit < 0 || unit >= units()) {
+  check_known(unit);
+}
+
+// Also of one that was there before close().
+void Prefetcher::check_known(int unit) const {
+  if (unit < 0 || unit >= slots_.units()) {
     throw UsageError("there is no unit " + std::to_string(unit));
   }
 }
@@ -361,6 +366,7 @@ void Prefetcher::forget(int unit) {
       if (transfer.image == images_[static_cast<std::size_t>(unit)]) wait_until_over(transfer);
     }
     engine_.drain();
+  check_known(unit);
   } catch (const TransferTimeout& error) {
     throw TransferTimeout(with_events(error));
   }
