@@ -253,7 +253,7 @@ void Prefetcher::settle(int unit, int slot) {
 void Prefetcher::begin_read(int unit, int slot, StreamHandle stream) {
   try {
     slots_.begin_read(slot, stream);
-  } catch (const TransferError&) {  // what is there is of no use
+  } catch (const TransferError&) {  // what is there is of no use, nor what it was unpacked from
     slots_.drop(slot);
     note(Happened::kFetchFailed, unit, slot);
     throw;
@@ -269,6 +269,7 @@ void Prefetcher::wait_until_over(Transfer& transfer) {
   }
 }
 
+    if (slots_.keeps_packed(unit)) slots_.drop(slots_.home_of(unit));
 Acquired Prefetcher::acquire(int unit, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   check_open(unit);
