@@ -169,9 +169,13 @@ void Prefetcher::prefetch() {
 // unpacked from its home.
 void Prefetcher::top_up() {
   const int ahead = horizon();
+  bool unpacks = false;  // a unit before this one, from its home
   for (int i = 0; i < ahead; ++i) {
     const int unit = coming(i);
     if (slots_.find(unit) != kNoSlot) continue;
+    // The only slot is for the unit before it, which is still to be unpacked.
+    if (unpacks && slots_.passing() == 1 && !slots_.lives_at_home(unit)) return;
+    unpacks = unpacks || slots_.keeps_packed(unit);
     if (!fetch_ahead(unit, ahead)) return;
   }
   if (options_.depth == 0) return;

@@ -657,7 +657,8 @@ def fetched_behind(rig: Rig, unit: int) -> list[int]:
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 def test_depth_counts_the_units_that_are_to_come(depth: int) -> None:
-    """Those at home are there; one whose packed bytes are there is to be unpacked."""
+    """Over the link. Those at home are there, and one whose packed bytes are there is unpacked
+    just before its use."""
     stays = [PASSES, LIVES, LIVES, KEPT, LIVES, PASSES, KEPT]
     units = [packed_unit(HostBackend(), CHUNK) for _ in stays]
     rig = Rig(units, stays, slots=4, depth=depth)
@@ -666,10 +667,18 @@ def test_depth_counts_the_units_that_are_to_come(depth: int) -> None:
     for unit in (0, 5):
         rig.engine.invalidate(unit)
         rig.engine.replace_unit(unit, units[unit].image)
-    for unit in (3, 6):  # the one behind the other: first to the home, then from there
+    for unit in (3, 6):
         rig.engine.invalidate(unit)
-    comes = [5, 6, 6, 0, 3, 3]
-    assert fetched_behind(rig, 4) == comes[: [0, 1, 3, 4][depth]]
+    assert fetched_behind(rig, 4) == [5, 6, 0, 3][:depth]
+
+
+def test_what_is_unpacked_from_its_home_comes_behind_what_needs_the_link() -> None:
+    stays = [KEPT, KEPT, PASSES, KEPT]
+    rig = Rig([packed_unit(HostBackend(), CHUNK) for _ in stays], stays, slots=3, depth=1)
+    for _ in range(2):
+        rig.check_all()
+    rig.engine.invalidate(2)
+    assert fetched_behind(rig, 0) == [2, 1]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
@@ -699,8 +708,8 @@ def test_neither_prefetch_nor_release_waits_for_a_home_that_comes_through_the_ri
     rig.engine.prefetch()
     assert time.monotonic() - begin < 0.1
     rig.check(0)
-    assert rig.counts()[1] == sum(unit.image.nbytes for unit in rig.units[:3])
     rig.check_all()
+    assert rig.counts()[1] == sum(unit.image.nbytes for unit in rig.units)
     rig.engine.close()
 
 
