@@ -62,6 +62,8 @@ class DeviceSlots {
 
   // Slots and homes.
   [[nodiscard]] int size() const { return static_cast<int>(slots_.size()); }
+  // Added so far.
+  [[nodiscard]] int units() const { return static_cast<int>(homes_.size()); }
   // Slots through which units pass: the first ones.
   [[nodiscard]] int passing() const { return passing_; }
   [[nodiscard]] std::size_t slot_bytes() const { return slot_bytes_; }

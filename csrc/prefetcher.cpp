@@ -99,7 +99,12 @@ void Prefetcher::check_open() const {
 
 void Prefetcher::check_open(int unit) const {
   check_open();
-  if (unit < 0 || unit >= units()) {
+  check_known(unit);
+}
+
+// Also of one that was there before close().
+void Prefetcher::check_known(int unit) const {
+  if (unit < 0 || unit >= slots_.units()) {
     throw UsageError("there is no unit " + std::to_string(unit));
   }
 }
@@ -338,6 +343,7 @@ Home Prefetcher::home_of(int unit) const {
 
 bool Prefetcher::home_filled(int unit) const {
   const std::lock_guard lock(mutex_);
+  check_known(unit);
   return given_back_ && slots_.filled(unit);
 }
 

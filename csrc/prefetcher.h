@@ -83,7 +83,8 @@ class Prefetcher {
   // reads any more. Throws what invalidate and add_unit throw; the unit then keeps its image.
   void replace_unit(int unit, ImagePtr image);
   // Whether the unit's home holds its bytes, so that another prefetcher may be given it as filled.
-  // Once closed, for only then is nothing under way.
+  // Once closed, for only then is nothing under way; false before. Throws UsageError if there is no
+  // such unit.
   [[nodiscard]] bool home_filled(int unit) const;
   void set_poison(std::optional<std::uint8_t> value) { engine_.set_poison(value); }
   // Where the copies run, and where packed units are unpacked (0: there is no staging memory). For
@@ -115,6 +116,7 @@ class Prefetcher {
   [[nodiscard]] int units() const { return static_cast<int>(images_.size()); }
   void check_open() const;
   void check_open(int unit) const;
+  void check_known(int unit) const;
   void make_room_for(const Image& image, const Home& home) const;
   [[nodiscard]] Home home_of(int unit) const;
   void forget(int unit);

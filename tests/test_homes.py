@@ -569,6 +569,16 @@ def test_a_home_whose_fill_was_interrupted_by_the_close_is_not_filled(stays: str
     assert filled == [False] * 3
 
 
+def test_no_other_unit_than_one_that_was_added_can_be_asked_for() -> None:
+    rig = Rig(host_units(LIVES, 2), [LIVES, PASSES])
+    for _ in range(2):
+        for unit in (-1, 2, 1 << 20):
+            with pytest.raises(UsageError, match=f"there is no unit {unit}"):
+                rig.engine.home_filled(unit)
+        assert rig.engine.home_filled(1) is False
+        rig.engine.close()
+
+
 def fetched_behind(rig: Rig, unit: int) -> list[int]:
     """The units whose fetch the acquire of this one starts."""
     _, generation = rig.engine.acquire(unit, 0)
