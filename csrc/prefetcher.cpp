@@ -349,16 +349,19 @@ bool Prefetcher::home_filled(int unit) const {
 
 // Drops what was fetched of the unit and waits until no copy reads its image.
 void Prefetcher::forget(int unit) {
-  failures_[static_cast<std::size_t>(unit)] = nullptr;
-  if (slots_.keeps_packed(unit)) slots_.drop(slots_.home_of(unit));
-  if (const int slot = slots_.find(unit); slot >= 0) {
-    if (slots_[slot].users != 0) {
-      throw UsageError("unit " + std::to_string(unit) + " is in use: its weights can't be changed");
-    }
-    ++stats_.invalidations;
-    note(Happened::kInvalidate, unit, slot);
-    slots_.drop(slot);
+  const int slot = slots_.find(unit);
+  if (slot >= 0 && slots_[slot].users != 0) {
+    throw UsageError("unit " + std::to_string(unit) + " is in use: its weights can't be changed");
   }
+  failures_[static_cast<std::size_t>(unit)] = nullptr;
+  bool fetched = false;
+  for (const int place : {slot, slots_.home_of(unit)}) {
+    if (place == kNoSlot || slots_[place].unit != unit) continue;
+    note(Happened::kInvalidate, unit, place);
+    slots_.drop(place);
+    fetched = true;
+  }
+  if (fetched) ++stats_.invalidations;
   // The host may be far ahead of the device: a copy of this unit can be in flight although its
   // slot belongs to another unit by now, or to nobody because the fetch failed behind the copy.
   try {

@@ -338,6 +338,17 @@ def test_a_home_is_filled_anew_when_the_host_s_bytes_have_changed(stays: str, lo
     assert rig.counts() == (0 if stays == LIVES else 3, 0)
 
 
+def test_a_kept_unit_that_is_in_no_slot_is_forgotten_at_home_and_that_counts() -> None:
+    rig = Rig(host_units(KEPT, 3), [KEPT] * 3, slots=1, depth=0)
+    rig.check_all()
+    rig.counts()
+    rig.engine.invalidate(0)
+    assert rig.engine.stats().invalidations == 1
+    overwrite(rig.units[0])
+    rig.check(0)
+    assert rig.counts() == (2, rig.units[0].image.nbytes)
+
+
 def test_what_is_unpacked_from_a_home_is_what_it_held_when_the_unit_was_acquired() -> None:
     """The host's bytes change while the unpack stream has yet to read the home."""
     rig = Rig(host_units(KEPT, 2), [KEPT] * 2, slots=1, depth=0)
@@ -363,6 +374,27 @@ def test_a_packed_home_is_read_behind_its_copy_and_copied_into_behind_its_reader
         rig.engine.invalidate(turn)
         overwrite(rig.units[turn])
     rig.check_all()
+
+
+@pytest.mark.parametrize("stays", [LIVES, KEPT])
+def test_an_invalidate_that_is_refused_or_late_leaves_the_unit_right(stays: str) -> None:
+    rig = Rig(host_units(stays, 2), [stays] * 2)
+    for _ in range(2):
+        rig.check_all()
+    rig.counts()
+    _, generation = rig.engine.acquire(1, 0)
+    for call in (
+        lambda: rig.engine.invalidate(1),
+        lambda: rig.engine.replace_unit(1, rig.units[1].image),
+    ):
+        with pytest.raises(UsageError, match="unit 1 is in use"):
+            call()
+    rig.engine.release(1, 0, generation)
+    for _ in range(2):
+        rig.check_all()
+    assert rig.counts()[1] == 0
+    rig.engine.close()
+    assert rig.engine.home_filled(1)
 
 
 def patiently(call: Callable[[int], object]) -> None:
