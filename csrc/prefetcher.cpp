@@ -193,7 +193,10 @@ void Prefetcher::bring(int unit, int slot) {
 // is brought there next comes behind `free`.
 void Prefetcher::unpack_from_home(int unit, int slot) {
   const int home = slots_.home_of(unit);
-  if (slots_[home].unit != unit) bring(unit, home);
+  if (slots_[home].unit != unit) {
+    wait_until_over(slots_[home].transfer);  // it may have been forgotten while it was late
+    bring(unit, home);
+  }
   settle(unit, home);
   note(Happened::kFetch, unit, slot);
   slots_.begin_read(home, engine_.unpack_stream());

@@ -407,6 +407,20 @@ def patiently(call: Callable[[int], object]) -> None:
             assert time.monotonic() < deadline
 
 
+@pytest.mark.parametrize("stays", [LIVES, KEPT])
+def test_a_unit_comes_again_and_is_right_when_its_invalidate_has_timed_out(stays: str) -> None:
+    """Its home is still being filled through the ring, chunk after chunk, when it is due again."""
+    slow = HostBackend(latency_us=10_000)
+    units = host_units(stays, 1, lock=False)
+    rig = Rig(units, [stays], backend=slow, slots=1, depth=0, timeout_ms=40, ring_chunks=1)
+    for call in (rig.use, rig.engine.invalidate, rig.use, rig.engine.invalidate, rig.use):
+        with pytest.raises(TransferTimeout):
+            call(0)
+    patiently(rig.check)
+    # The fill that was forgotten was over before the one that was read.
+    assert rig.counts()[1] == 2 * units[0].image.nbytes
+
+
 def test_a_home_is_not_filled_again_before_it_was_unpacked_whatever_timed_out() -> None:
     rig = Rig(host_units(KEPT, 1), [KEPT], slots=2, depth=0, timeout_ms=20)
     rig.check(0)
