@@ -207,7 +207,12 @@ void Prefetcher::unpack_from_home(int unit, int slot) {
     slots_.end_read(home, engine_.unpack_stream());
     throw;
   }
-  slots_.end_read(home, engine_.unpack_stream());
+  try {
+    slots_.end_read(home, engine_.unpack_stream());
+  } catch (...) {
+    slots_.drop(slot);  // a fetch that is told to have failed has left nothing
+    throw;
+  }
   ++stats_.fetches;
 }
 

@@ -670,6 +670,30 @@ def test_one_unit_alone_is_fetched_once(stays: str) -> None:
         rig.engine.close()
 
 
+def test_after_a_failure_at_any_call_every_pass_but_the_next_is_quiet() -> None:
+    """What failed is told once, by the acquire that needs it, not later."""
+    for nth in range(1, 60):
+        backend = HostBackend()
+        units = [packed_unit(backend, CHUNK) for _ in range(4)]
+        rig = Rig(units, [KEPT, LIVES, KEPT, PASSES], backend=backend, slots=1)
+        backend.fail_at(nth)
+        failures = []
+        for turn in range(5):
+            for unit in range(4):
+                try:
+                    rig.check(unit)
+                except OffloadError as error:
+                    failures.append((turn, str(error)))
+                    rig.engine.abandon(0)
+            if turn == 0:
+                backend.fail_at(0)
+        assert len(failures) <= 1, f"call {nth}"
+        for turn, error in failures:
+            assert turn < 2, f"call {nth}"
+            assert "told to fail" in error
+        rig.engine.close()
+
+
 def test_spoilt_packed_bytes_of_a_host_are_told_until_they_are_right() -> None:
     for stays in (LIVES, KEPT):
         rig = Rig([packed_unit(HostBackend(), CHUNK) for _ in range(2)], [stays] * 2)
