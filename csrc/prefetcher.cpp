@@ -253,8 +253,9 @@ void Prefetcher::settle(int unit, int slot) {
 void Prefetcher::begin_read(int unit, int slot, StreamHandle stream) {
   try {
     slots_.begin_read(slot, stream);
-  } catch (const TransferError&) {  // what is there is of no use
+  } catch (const TransferError&) {  // what is there is of no use, nor what it was unpacked from
     slots_.drop(slot);
+    if (slots_.keeps_packed(unit)) slots_.drop(slots_.home_of(unit));
     note(Happened::kFetchFailed, unit, slot);
     throw;
   }

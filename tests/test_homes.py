@@ -694,6 +694,25 @@ def test_after_a_failure_at_any_call_every_pass_but_the_next_is_quiet() -> None:
         rig.engine.close()
 
 
+def test_a_packed_home_that_is_spoilt_on_the_device_is_filled_anew() -> None:
+    rig = Rig(host_units(KEPT, 3), [KEPT] * 3, slots=1, depth=0)
+    rig.check_all()
+    home = rig.homes[1]
+    assert home is not None
+    home.bytes[256] ^= 0x40  # of the header of its first chunk
+    rig.counts()
+    with pytest.raises(TransferError, match=r"unit 1 could not be fetched .* spoilt"):
+        rig.engine.acquire(1, 0)
+    rig.check(1)
+    assert rig.counts()[1] == rig.units[1].image.nbytes
+    home.bytes[256] ^= 0x40
+    rig.check(0)
+    with pytest.raises(TransferError, match="spoilt"):
+        rig.engine.acquire(1, 0)
+    rig.engine.close()
+    assert [rig.engine.home_filled(unit) for unit in range(3)] == [True, False, True]
+
+
 def test_spoilt_packed_bytes_of_a_host_are_told_until_they_are_right() -> None:
     for stays in (LIVES, KEPT):
         rig = Rig([packed_unit(HostBackend(), CHUNK) for _ in range(2)], [stays] * 2)
