@@ -158,21 +158,36 @@ void Prefetcher::prefetch() {
 // thrown by the acquire that needs it.
 void Prefetcher::top_up() {
   const int ahead = horizon();
+  bool waits = false;  // a unit waits for its home, and comes before the next into a slot
   for (int i = 0; i < ahead; ++i) {
     const int unit = order_[static_cast<std::size_t>((next_ + i) % units())];
     if (slots_.find(unit) >= 0) continue;
     if (failures_[static_cast<std::size_t>(unit)]) return;
-    const int slot = place_for(unit);
-    if (slot < 0) return;
-    const bool needed = slots_[slot].unit != kNoUnit && distance(slots_[slot].unit) < ahead;
-    if (needed || !engine_.settled(slots_[slot].transfer)) return;
     try {
+      if (slots_.keeps_packed(unit) && !home_enqueued(unit)) {
+        waits = true;
+        continue;
+      }
+      const int slot = place_for(unit);
+      if (slot < 0 || (waits && slot < slots_.passing())) return;
+      const bool needed = slots_[slot].unit != kNoUnit && distance(slots_[slot].unit) < ahead;
+      if (needed || !engine_.settled(slots_[slot].transfer)) return;
       fetch(unit, slot);
     } catch (...) {
       failures_[static_cast<std::size_t>(unit)] = std::current_exception();
       return;
     }
   }
+}
+
+// Whether the unit can be unpacked from its home without waiting for the ring. Starts to bring its
+// packed bytes there if nobody has.
+bool Prefetcher::home_enqueued(int unit) {
+  const int home = slots_.home_of(unit);
+  if (!engine_.settled(slots_[home].transfer)) return false;
+  if (slots_[home].unit == unit) return true;
+  bring(unit, home);
+  return engine_.settled(slots_[home].transfer);
 }
 
 void Prefetcher::fetch(int unit, int slot) {

@@ -125,6 +125,7 @@ class Prefetcher {
   void fetch(int unit, int slot);
   void bring(int unit, int slot);
   void unpack_from_home(int unit, int slot);
+  [[nodiscard]] bool home_enqueued(int unit);
   [[nodiscard]] int place_for(int unit) const;
   [[nodiscard]] int horizon() const;
   void settle(int unit, int slot);

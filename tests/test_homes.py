@@ -670,6 +670,31 @@ def test_one_unit_alone_is_fetched_once(stays: str) -> None:
         rig.engine.close()
 
 
+def test_neither_prefetch_nor_release_waits_for_a_home_that_comes_through_the_ring() -> None:
+    """Rule 3: acquire alone may wait, for the unit that it is asked for."""
+    backend = HostBackend(bytes_per_second=CHUNK / 0.2)
+    rig = Rig(host_units(KEPT, 4, lock=False), [KEPT] * 4, backend=backend, slots=2, depth=2)
+    begin = time.monotonic()
+    rig.engine.prefetch()
+    assert time.monotonic() - begin < 0.1
+    rig.check(0)
+    assert rig.counts()[1] == sum(unit.image.nbytes for unit in rig.units[:3])
+    rig.check_all()
+    rig.engine.close()
+
+
+def test_a_slot_is_not_given_to_a_unit_behind_one_whose_home_is_late() -> None:
+    """Else what came to the slot is thrown away, and comes over the link again."""
+    units = host_units(KEPT, 3, lock=False)
+    rig = Rig(units, [KEPT, PASSES, PASSES], slots=1, depth=2, ring_chunks=1)
+    rig.hold_up(rig.engine.copy_stream)
+    rig.engine.prefetch()
+    for _ in range(2):
+        rig.check_all()
+    once, *each = (unit.image.nbytes for unit in units)
+    assert rig.counts()[1] == once + 2 * sum(each)
+
+
 def test_after_a_failure_at_any_call_every_pass_but_the_next_is_quiet() -> None:
     """What failed is told once, by the acquire that needs it, not later."""
     for nth in range(1, 60):
