@@ -22,10 +22,16 @@ DeviceSlots::DeviceSlots(BackendPtr backend, const std::vector<DeviceAddress>& a
   for (const DeviceAddress address : addresses) slots_.emplace_back(backend_, address, slot_bytes);
 }
 
-void DeviceSlots::add_unit(const Home& home) {
+void DeviceSlots::add_unit(const Home& home, CopyEngine& engine) {
   if (home) {
     Slot& slot = slots_.emplace_back(backend_, home.address, home.bytes);
     slot.transfer.as_stored = home.as_stored;
+    try {
+      if (home.filled) adopt(slot, units(), engine);
+    } catch (...) {
+      slots_.pop_back();
+      throw;
+    }
   }
   homes_.push_back({home ? size() - 1 : kNoSlot, home.as_stored});
 }
@@ -58,8 +64,8 @@ bool DeviceSlots::filled(int unit) const {
          !slot.transfer.spoilt();
 }
 
-void DeviceSlots::adopt(int unit, CopyEngine& engine) {
-  Slot& slot = (*this)[home_of(unit)];
+// The home holds the unit's bytes already.
+void DeviceSlots::adopt(Slot& slot, int unit, CopyEngine& engine) {
   slot.transfer.generation = ++slot.generation;
   engine.adopt(slot.transfer);
   slot.unit = unit;

@@ -70,8 +70,9 @@ class DeviceSlots {
   [[nodiscard]] Slot& operator[](int slot) { return slots_[static_cast<std::size_t>(slot)]; }
   [[nodiscard]] DeviceAddress destination(int slot) const { return at(slot).transfer.destination; }
   [[nodiscard]] std::size_t bytes(int slot) const { return at(slot).bytes; }
-  // Appends a unit, in the order of their numbers; its home becomes the last slot.
-  void add_unit(const Home& home);
+  // Appends a unit, in the order of their numbers; its home becomes the last slot. Nothing is
+  // appended if this throws.
+  void add_unit(const Home& home, CopyEngine& engine);
   // The slot that is the unit's home, or kNoSlot.
   [[nodiscard]] int home_of(int unit) const { return homes_[static_cast<std::size_t>(unit)].slot; }
   // Whether packed bytes stay in the unit's home.
@@ -87,8 +88,6 @@ class DeviceSlots {
   // on, or to nobody if this throws. `source`: as a Transfer's.
   void fill(int slot, int unit, const ImagePtr& image, CopyEngine& engine,
             DeviceAddress source = 0);
-  // The unit's home holds its bytes already.
-  void adopt(int unit, CopyEngine& engine);
   // Makes `stream` wait for the slot's bytes and counts one user. The transfer must be settled.
   // Throws TransferError if the bytes are known to be spoilt, which the host backend tells when
   // `stream` is the calling thread.
@@ -107,6 +106,7 @@ class DeviceSlots {
     bool as_stored;
   };
   [[nodiscard]] const Slot& at(int slot) const { return slots_[static_cast<std::size_t>(slot)]; }
+  static void adopt(Slot& slot, int unit, CopyEngine& engine);
   SlotReader& reader_of(Slot& slot, StreamHandle stream);
   void record_reads(Slot& slot);
 

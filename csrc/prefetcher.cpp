@@ -58,12 +58,11 @@ int Prefetcher::add_unit(ImagePtr image, const Home& home) {
   make_room_for(*image, home);
   if (!image->locked()) engine_.prepare_ring();  // if this is the first that needs it
   const int unit = units();
-  slots_.add_unit(home);
+  slots_.add_unit(home, engine_);
   images_.push_back(std::move(image));
   failures_.emplace_back();
   place_.push_back(static_cast<int>(order_.size()));
   order_.push_back(unit);
-  if (home && home.filled) slots_.adopt(unit, engine_);
   return unit;
 }
 

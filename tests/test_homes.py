@@ -573,6 +573,27 @@ def test_taking_over_a_home_costs_an_event_that_is_recorded() -> None:
     assert costs == [1, 2]
 
 
+def test_a_unit_that_could_not_be_added_is_not_there_and_can_be_added_again() -> None:
+    backend = HostBackend()
+    unit = plain_unit(backend, 4096)
+    rig = Rig([unit], [LIVES], backend=backend, slots=0, staging=0, depth=0)
+    home = Place("cpu", 4096)
+    home.bytes.copy_(unit.plain)
+    for nth in (1, 2):
+        backend.fail_at(nth)
+        with pytest.raises(OffloadError, match="told to fail"):
+            rig.engine.add_unit(unit.image, home=home.address, home_bytes=4096, filled=True)
+        assert rig.engine.unit_count == 1
+        assert rig.engine.order() == [0]
+    assert rig.engine.add_unit(unit.image, home=home.address, home_bytes=4096, filled=True) == 1
+    slot, generation = rig.engine.acquire(1, 0)
+    assert slot == 1
+    rig.engine.release(1, 0, generation)
+    assert rig.counts() == (0, 0)
+    rig.engine.close()
+    assert rig.engine.home_filled(1)
+
+
 @pytest.mark.parametrize("stays", [LIVES, KEPT])
 @pytest.mark.parametrize("lock", [True, False])
 def test_a_home_whose_fill_failed_is_not_filled(stays: str, lock: bool) -> None:
