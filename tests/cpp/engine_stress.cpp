@@ -1,5 +1,6 @@
 // Random models through random slots, on streams that are threads: every kernel sees the bytes of
 // its unit as they were when the kernel was issued, and the engine fetches no more than it must.
+// Then perhaps another prefetcher over the same memory, which takes over what stays there.
 #include <algorithm>
 #include <numeric>
 
@@ -53,7 +54,8 @@ class Forwards {
     if (random_.chance(0.1)) random_.shuffle(units);
     const double skip = random_.one_of<double>({0, 0, 0.1, 0.6});
     const double end = random_.one_of<double>({0, 0, 0.05, 0.3});
-    const int most_held = random_.between(1, world_.shape().slots);
+    const int most_held = random_.between(1, std::max(1, world_.shape().slots));
+    const std::size_t most_at_home = random_.between<std::size_t>(0, 4);
     moved_ = false;
     for (const int unit : units) {
       if (random_.chance(end)) break;
@@ -62,7 +64,9 @@ class Forwards {
       if (random_.chance(0.1)) acquire(unit, other);  // a second user, perhaps on another stream
       if (random_.chance(0.1)) use_elsewhere(other);
       if (random_.chance(0.05)) expect_refusals(stream);
-      while (slots_held() >= most_held) release_one();
+      while (slots_held() >= most_held ||
+             held_.size() > static_cast<std::size_t>(most_held) + most_at_home)
+        release_one();
     }
     if (random_.chance(0.3)) {
       if (!held_.empty() && random_.chance(0.5)) use_elsewhere(other);
@@ -91,8 +95,10 @@ class Forwards {
 
   // Acquires a few and keeps them.
   void keep_some(StreamHandle stream) {
-    for (int i = random_.between(0, world_.shape().slots); i > 0; --i) {
-      acquire(random_.one_of(order_), stream);
+    for (int i = random_.between(0, std::max(1, world_.shape().slots)); i > 0; --i) {
+      const int unit = random_.one_of(order_);
+      if (!world_.lives_at_home(unit) && slots_held() == world_.shape().slots) return;
+      acquire(unit, stream);
     }
   }
 
@@ -148,7 +154,7 @@ class Forwards {
         "release another generation");
     if (slots_held() < world_.shape().slots) return;
     for (const int more : order_) {
-      if (is_held(more)) continue;
+      if (is_held(more) || world_.lives_at_home(more)) continue;
       check_throws<UsageError>([&] { (void)prefetcher.acquire(more, stream); }, "no slot is left");
       return;
     }
@@ -168,9 +174,12 @@ class Forwards {
   [[nodiscard]] bool is_held(int unit) const {
     return std::any_of(held_.begin(), held_.end(), [&](const Held& h) { return h.unit == unit; });
   }
+  // Of those through which units pass.
   [[nodiscard]] int slots_held() const {
     std::vector<int> slots;
-    for (const Held& held : held_) slots.push_back(held.acquired.slot);
+    for (const Held& held : held_) {
+      if (!world_.lives_at_home(held.unit)) slots.push_back(held.acquired.slot);
+    }
     std::sort(slots.begin(), slots.end());
     return static_cast<int>(std::unique(slots.begin(), slots.end()) - slots.begin());
   }
@@ -183,64 +192,72 @@ class Forwards {
   std::uint64_t acquires_ = 0;
 };
 
-// What a page-locked unit costs: acquire waits, release records; wait for its reader, (poison,)
-// copy, record. A packed one, for each chunk: wait for the staging slot, (poison,) copy, record;
-// wait for that, unpack, record.
-std::uint64_t calls_of(const Image& image, bool poison) {
+// What a page-locked unit costs: acquire waits, release records; if it does not live at home, wait
+// for its reader, (poison,) copy, record. A packed one, for each chunk: wait for the staging slot,
+// (poison,) copy, record; wait for that, unpack, record. One whose packed bytes stay at home: wait
+// for the home, unpack each chunk, record that it was read.
+std::uint64_t calls_of(const World& world, int unit) {
+  const Image& image = *world.image(unit);
+  if (world.lives_at_home(unit)) return 2;
   const std::uint64_t brought = image.plain_bytes() > 0 ? 1 : 0;
-  if (image.packing() == nullptr) return 4 + brought * (poison ? 2U : 1U);
+  const std::uint64_t poison = world.poison() ? 1 : 0;
+  if (image.packing() == nullptr) return 4 + brought * (1 + poison);
   const std::uint64_t chunks = image.packing()->chunks.size();
-  return 4 + (poison ? brought : 0U) + chunks * (poison ? 7U : 6U);
+  if (world.kept(unit)) return 6 + brought * poison + chunks;
+  return 4 + brought * poison + chunks * (6 + poison);
 }
 
 void check_steady_calls(World& world, std::uint64_t calls, int forwards) {
-  const auto units = static_cast<std::uint64_t>(world.shape().units);
-  if (world.count_images([](const Image& i) { return i.locked() || i.bytes() == 0; }) != units) {
-    return;
-  }
   std::uint64_t forward = 0;
   std::uint64_t chunks = 0;
   for (int unit = 0; unit < world.shape().units; ++unit) {
     const Image& image = *world.image(unit);
-    forward += calls_of(image, world.poison());
-    if (image.packing() != nullptr) chunks += image.packing()->chunks.size();
+    const bool crosses = !world.has_home(unit);
+    if (crosses && !image.locked() && image.bytes() > 0) return;
+    forward += calls_of(world, unit);
+    if (crosses && image.packing() != nullptr) chunks += image.packing()->chunks.size();
   }
-  const std::uint64_t wanted = static_cast<std::uint64_t>(forwards) * forward;
   // The first chunk in a staging slot waits for none before it.
-  if (chunks >= static_cast<std::uint64_t>(world.shape().staging)) {
+  const bool enough = chunks == 0 || chunks >= static_cast<std::uint64_t>(world.shape().staging);
+  const std::uint64_t wanted = static_cast<std::uint64_t>(forwards) * forward;
+  if (enough) {
     check_equal(calls, wanted, "steady: calls");
   } else {
     check_at_most(calls, wanted, "steady: calls");
   }
 }
 
-// Rule 3 and the bytes: in the steady state each unit is fetched once a forward when the slots
-// cannot keep it, never when they can, and nothing is called that the data does not need.
+// Rule 3 and the bytes: in the steady state each unit that does not live at home is fetched once a
+// forward when the slots cannot keep it, never when they can, and nothing is called that the data
+// does not need. Over the link comes only what has no home.
 void check_steady(World& world, const PrefetchStats& stats, std::uint64_t calls, int forwards) {
   const Shape& shape = world.shape();
   const auto acquires = static_cast<std::uint64_t>(forwards * shape.units);
+  const auto passing = static_cast<std::uint64_t>(forwards * world.passing_units());
+  const std::uint64_t bytes =
+      static_cast<std::uint64_t>(forwards) * world.bytes_of_passing_images();
   check_equal(stats.acquires, acquires, "steady: acquires");
   check_equal(stats.failures, 0U, "steady: failures");
   check_equal(stats.invalidations, 0U, "steady: invalidations");
-  if (shape.slots >= shape.units) {
+  if (shape.slots >= world.passing_units()) {
     check_equal(stats.fetches, 0U, "steady: fetches of units that stay");
     check_equal(calls, 2 * acquires, "steady: calls, with nothing to fetch");
   } else if (shape.slots <= shape.prefetch.depth + 1) {
-    check_equal(stats.fetches, acquires, "steady: fetches");
-    check_equal(stats.bytes_fetched, static_cast<std::uint64_t>(forwards) * world.bytes_of_images(),
-                "steady: bytes");
-    check_equal(stats.cold, shape.prefetch.depth == 0 ? acquires : 0U, "steady: cold fetches");
+    check_equal(stats.fetches, passing, "steady: fetches");
+    check_equal(stats.bytes_fetched, bytes, "steady: bytes");
+    check_equal(stats.cold, shape.prefetch.depth == 0 ? passing : 0U, "steady: cold fetches");
     check_steady_calls(world, calls, forwards);
   } else {
     // With slots to spare some units stay from one forward to the next.
-    check_at_most(stats.fetches, acquires, "steady: fetches");
+    check_at_most(stats.fetches, passing, "steady: fetches");
+    check_at_most(stats.bytes_fetched, bytes, "steady: bytes");
     if (shape.prefetch.depth > 0) check_equal(stats.cold, 0U, "steady: cold fetches");
   }
 }
 
 void steady(Random& random, World& world, Forwards& forwards, StreamHandle stream) {
   for (int i = 0; i < 2; ++i) forwards.plain(stream);
-  world.prefetcher().reset_stats();
+  world.reset_stats();
   const std::uint64_t calls = world.backend().calls();
   const int count = random.between(1, 3);
   for (int i = 0; i < count; ++i) forwards.plain(stream);
@@ -249,7 +266,7 @@ void steady(Random& random, World& world, Forwards& forwards, StreamHandle strea
 
 void rough(Random& random, World& world, Forwards& forwards) {
   const std::uint64_t before = forwards.acquires();
-  world.prefetcher().reset_stats();
+  world.reset_stats();
   for (int turn = random.between(0, 6); turn > 0; --turn) {
     forwards.random(world.stream(turn), world.stream(turn + random.between(0, 1)));
     forwards.between(world.stream(turn));
@@ -269,8 +286,27 @@ void check_closed(World& world) {
   check_throws<ClosedError>([&] { prefetcher.prefetch(); }, "prefetch when closed");
   check_throws<ClosedError>([&] { (void)prefetcher.add_unit(image); }, "add_unit when closed");
   check_throws<ClosedError>([&] { prefetcher.set_order({}); }, "set_order when closed");
+  for (const int unit : {-1, world.shape().units}) {
+    check_throws<UsageError>([&] { (void)prefetcher.home_filled(unit); }, "home of no unit");
+  }
   prefetcher.abandon(0);
   prefetcher.close();
+}
+
+void live(Random& random, World& world, Forwards& forwards) {
+  if (random.chance(0.5)) world.prefetcher().prefetch();
+  if (random.chance(0.5)) steady(random, world, forwards, world.stream(0));
+  rough(random, world, forwards);
+  if (random.chance(0.5)) steady(random, world, forwards, world.stream(1));
+  if (random.chance(0.3)) forwards.keep_some(world.stream(0));
+}
+
+// The kernels of the last one may still be running.
+void live_once_more(Random& random, World& world) {
+  world.close_for_another(random);
+  world.build();
+  Forwards forwards(random, world);
+  live(random, world, forwards);
 }
 
 void one_world(Random& random) {
@@ -281,14 +317,16 @@ void one_world(Random& random) {
   if (random.chance(0.3)) onlooker.emplace(world.prefetcher());
   world.add_units();
   if (random.chance(0.7)) world.set_poison(std::uint8_t{0xA5});
-  if (random.chance(0.5)) world.prefetcher().prefetch();
 
   Forwards forwards(random, world);
-  if (random.chance(0.5)) steady(random, world, forwards, world.stream(0));
-  rough(random, world, forwards);
-  if (random.chance(0.5)) steady(random, world, forwards, world.stream(1));
-  if (random.chance(0.3)) forwards.keep_some(world.stream(0));
+  live(random, world, forwards);
+  onlooker.reset();
+  for (int lives = random.one_of<int>({0, 0, 1, 2}); lives > 0; --lives) {
+    live_once_more(random, world);
+  }
   world.close();
+  world.check_homes();
+  world.check_link_bytes();
   check_closed(world);
 }
 

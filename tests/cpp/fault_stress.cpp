@@ -85,6 +85,14 @@ class Life {
     if (random_.chance(0.3)) world_.prefetcher().prefetch();
   }
 
+  // Another prefetcher over the same memory, perhaps; closed in the middle of things.
+  void begin_anew(StreamHandle stream) {
+    if (random_.chance(0.5)) return;
+    if (random_.chance(0.5)) world_.read(0, acquire(0, stream), stream);
+    attempts_.repeat<BackendError>("close", [&] { world_.close_for_another(random_); });
+    begin();
+  }
+
   // Closed in the middle of things: prefetches in flight, a unit acquired, kernels running.
   void end(StreamHandle stream) {
     if (random_.chance(0.5)) world_.read(0, acquire(0, stream), stream);
@@ -119,7 +127,7 @@ class Life {
 
 Shape small_shape(Random& random) {
   Shape shape = random_shape(random, 5);
-  shape.slots = random.between(1, 3);
+  if (shape.slots > 0) shape.slots = random.between(1, 3);
   if (random.chance(0.8)) shape.copy_jitter_us = shape.kernel_jitter_us = 0;
   return shape;
 }
@@ -135,6 +143,7 @@ std::uint64_t live_once(std::uint64_t seed, std::uint64_t nth_call) {
   for (int turn = 0; turn < 2; ++turn) {
     life.forward(world.stream(turn));
     life.change_some();
+    if (turn == 0) life.begin_anew(world.stream(turn));
   }
   life.end(world.stream(0));
   return world.backend().calls();
@@ -163,6 +172,7 @@ void many_calls_fail(Random& random) {
     life.forward(world.stream(turn));
     if (random.chance(0.5)) fail_soon();
     life.change_some();
+    life.begin_anew(world.stream(turn));
   }
   fail_soon();
   life.end(world.stream(0));
@@ -183,6 +193,7 @@ void reads_fail(Random& random) {
     world.file(unit)->fail_at(random.between<std::uint64_t>(1, 12), error);
     life.forward(world.stream(turn));
     life.change_some();
+    life.begin_anew(world.stream(turn));
   }
   life.end(world.stream(0));
 }
@@ -220,7 +231,9 @@ void spoilt_chunks_are_told(Random& random) {
 Shape stalling_shape(Random& random) {
   Shape shape = random_shape(random, 4);
   set_bytes(random, shape, random.between<std::size_t>(1, 4000));
-  shape.copy_jitter_us = shape.kernel_jitter_us = 0;
+  shape.kernel_jitter_us = 0;
+  // Slow enough for a unit of many chunks to be late although none of them is.
+  shape.copy_jitter_us = random.one_of<double>({0, 3000});
   shape.prefetch.engine.timeout = Milliseconds(random.between(5, 20));
   return shape;
 }
@@ -262,6 +275,24 @@ void stalling_forward(Random& random, World& world, Patience& patience, StreamHa
   }
 }
 
+// A change that times out has changed nothing: the unit is brought again and right, whatever is
+// still under way.
+void stalling_change(Random& random, World& world, Patience& patience, StreamHandle stream) {
+  const int unit = random.between(0, world.shape().units - 1);
+  const auto change = world.change(unit, random);
+  Prefetcher& prefetcher = world.prefetcher();
+  if (random.chance(0.5)) World::stall(prefetcher.copy_stream(), kStallMs);
+  if (random.chance(0.5)) World::stall(prefetcher.unpack_stream(), kStallMs);
+  if (random.chance(0.5)) prefetcher.prefetch();
+  while (!patience.once("a change", change)) {
+    if (random.chance(0.9)) continue;
+    Acquired acquired{};
+    patience.repeat("acquire", [&] { acquired = prefetcher.acquire(unit, stream); });
+    world.read(unit, acquired, stream);
+    prefetcher.release(unit, stream, acquired.generation);
+  }
+}
+
 // Leaves copies in flight.
 void fetch_behind_a_stall(World& world, Patience& patience) {
   World::stall(world.prefetcher().copy_stream(), kStallMs);
@@ -278,12 +309,12 @@ void fetch_behind_a_stall(World& world, Patience& patience) {
 void stalls_time_out(Random& random) {
   World world(random, stalling_shape(random));
   world.build();
+  if (random.chance(0.7)) world.set_poison(std::uint8_t{0xA5});
   Patience patience;
   for (int turn = 0; turn < 2; ++turn) {
     stalling_forward(random, world, patience, world.stream(turn));
     if (random.chance(0.5)) world.prefetcher().prefetch();
-    const int unit = random.between(0, world.shape().units - 1);
-    patience.repeat("a change", world.change(unit, random));
+    stalling_change(random, world, patience, world.stream(turn));
   }
   if (random.chance(0.7)) fetch_behind_a_stall(world, patience);
   while (!patience.once("close", [&] { world.close(); })) {
@@ -296,6 +327,8 @@ void a_stalled_fetch_times_out(Random& random) {
   Shape shape;
   shape.slot_bytes = 300;
   shape.locked_share = 0;
+  shape.packed_share = shape.kept_share = random.between(0, 1);
+  shape.home_share = random.between(0, 1);
   shape.streams = random.between(0, 1);
   shape.prefetch.engine = {1, 100, random.between(1U, 3U), Milliseconds(10)};
   World world(random, shape);

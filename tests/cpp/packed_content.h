@@ -13,7 +13,14 @@ namespace wanoffload::stress {
 struct PackedContent {
   std::vector<std::byte> plain;
   std::vector<std::byte> packed;
+  std::vector<PackedTensor> tensors;
 };
+
+inline void pack(PackedContent& content) {
+  const Packer packer(content.plain.data(), content.plain.size(), content.tensors, 1);
+  content.packed.resize(packer.plan().packed_bytes());
+  packer.write(content.packed.data());
+}
 
 // Weights whose exponents are alike, with a stray one now and then.
 inline void make_weights(Random& random, std::byte* bytes, std::size_t count) {
@@ -33,19 +40,31 @@ inline void make_weights(Random& random, std::byte* bytes, std::size_t count) {
 inline PackedContent packed_content(Random& random, std::size_t most_bytes) {
   PackedContent content;
   content.plain = pattern(random.seed(), most_bytes / 256 * 256);
-  std::vector<PackedTensor> tensors;
   const std::size_t largest = random.one_of<std::size_t>({256, 4096, 40'000});
   for (std::size_t at = 0; at < content.plain.size();) {
     const std::size_t room = content.plain.size() - at;
     const std::size_t bytes = std::min(room, random.between<std::size_t>(1, largest));
     const bool bf16 = bytes % 2 == 0 && random.chance(0.8);
     if (bf16) make_weights(random, content.plain.data() + at, bytes);
-    tensors.push_back({at, bytes, bf16});
+    content.tensors.push_back({at, bytes, bf16});
     at += (bytes + 255) / 256 * 256;
   }
-  const Packer packer(content.plain.data(), content.plain.size(), tensors, 1);
-  content.packed.resize(packer.plan().packed_bytes());
-  packer.write(content.packed.data());
+  pack(content);
+  return content;
+}
+
+// The same but for the signs of weights, and other tensors' bits in their places. The packed bytes
+// lie as before.
+inline PackedContent with_other_signs(std::vector<std::byte> plain,
+                                      const std::vector<PackedTensor>& tensors, Random& random) {
+  PackedContent content{std::move(plain), {}, tensors};
+  for (const PackedTensor& tensor : tensors) {
+    if (random.chance(0.1)) continue;
+    for (std::size_t i = 1; i < tensor.bytes; i += 2) {
+      content.plain[tensor.offset + i] ^= std::byte{0x80};
+    }
+  }
+  pack(content);
   return content;
 }
 

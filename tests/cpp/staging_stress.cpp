@@ -26,7 +26,7 @@ Source random_source(Random& random, const std::shared_ptr<HostBackend>& backend
   const bool packed = random.chance(0.7);
   const std::size_t bytes = random.chance(0.1) ? 0 : random.between<std::size_t>(0, most_bytes);
   PackedContent content =
-      packed ? packed_content(random, bytes) : PackedContent{{}, pattern(random.seed(), bytes)};
+      packed ? packed_content(random, bytes) : PackedContent{{}, pattern(random.seed(), bytes), {}};
   Source source;
   source.plain = packed ? std::move(content.plain) : content.packed;
   if (random.chance(0.3)) {

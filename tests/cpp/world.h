@@ -1,6 +1,6 @@
 // A small model on the host backend: images whose bytes are known, plain and packed, in memory and
-// in files, slots, streams, a prefetcher, and kernels that read a slot on a compute stream and are
-// checked afterwards.
+// in files, slots, homes, streams, a prefetcher, and kernels that read a slot or a home on a
+// compute stream and are checked afterwards.
 #pragma once
 
 #include <algorithm>
@@ -23,12 +23,14 @@ namespace wanoffload::stress {
 
 struct Shape {
   int units = 1;
-  int slots = 1;
+  int slots = 1;  // 0: every unit is read in a home
   std::size_t slot_bytes = 0;
   double locked_share = 1;  // of the images in memory
   double file_share = 0;    // of all images
   double packed_share = 0;  // of all images
-  int staging = 2;          // slots
+  double home_share = 0;    // of all units
+  double kept_share = 0;    // of the packed units with a home: their packed bytes stay there
+  int staging = 2;          // slots; 0: the packed bytes of every packed unit stay in a home
   int streams = 1;          // to compute on; 0: the calling thread
   double copy_jitter_us = 0;
   double kernel_jitter_us = 0;
@@ -43,6 +45,18 @@ inline void set_bytes(Random& random, Shape& shape, std::size_t slot_bytes) {
   // So that files are read straight into a chunk.
   if (slot_bytes >= std::size_t{64} << 10) {
     shape.prefetch.engine.ring_chunk_bytes = random.one_of<std::size_t>({64 << 10, 68 << 10});
+  }
+}
+
+// Worlds without slots, and without staging memory, among them.
+inline void set_homes(Random& random, Shape& shape) {
+  shape.home_share = random.one_of<double>({0, 0, 0.5, 1});
+  shape.kept_share = random.one_of<double>({0, 0.5, 1, 1});
+  if (shape.home_share == 0) return;
+  if (random.chance(0.2)) {
+    shape.slots = 0;
+  } else if (random.chance(0.2)) {
+    shape.staging = 0;
   }
 }
 
@@ -65,6 +79,7 @@ inline Shape random_shape(Random& random, int most_units) {
   shape.prefetch.engine.ring_chunks = random.between<std::size_t>(1, 6);
   shape.prefetch.engine.threads = random.between(1U, 4U);
   shape.prefetch.engine.timeout = Milliseconds(30'000);
+  set_homes(random, shape);
   return shape;
 }
 
@@ -76,7 +91,11 @@ class World {
             std::make_shared<HostBackend>(HostOptions{0, 0, shape.copy_jitter_us, random.seed()})),
         device_(std::make_shared<HostBackend>(
             HostOptions{0, 0, shape.kernel_jitter_us, random.seed()})) {
-    for (int unit = 0; unit < shape.units; ++unit) units_.push_back(new_unit(random));
+    for (int unit = 0; unit < shape.units; ++unit) {
+      const bool packed = random.chance(shape.packed_share);
+      homes_.push_back(new_home(random, packed));
+      units_.push_back(new_unit(random, packed, homes_.back().bytes, homes_.back().kept));
+    }
     for (int i = 0; i < shape.slots; ++i) slots_.emplace_back(shape.slot_bytes);
     for (int i = 0; i < shape.staging; ++i) staging_.emplace_back(staging_bytes());
     for (int i = 0; i < shape.streams; ++i) streams_.push_back(std::make_unique<Stream>(device_));
@@ -93,16 +112,19 @@ class World {
     std::vector<DeviceAddress> addresses;
     for (auto& slot : slots_) addresses.push_back(reinterpret_cast<DeviceAddress>(slot.data()));
     PrefetchOptions options = shape_.prefetch;
+    options.engine.staging.in_place = shape_.staging == 0;
     options.engine.staging.slot_bytes = staging_bytes();
     for (auto& slot : staging_) {
       options.engine.staging.slots.push_back(reinterpret_cast<DeviceAddress>(slot.data()));
     }
     prefetcher_.emplace(backend_, addresses, shape_.slot_bytes, options);
+    if (poison_) prefetcher_->set_poison(poison_);
   }
+  // A unit whose add_unit throws has not been added.
   void add_units() {
-    while (prefetcher_->unit_count() < shape_.units) {
-      const int unit = prefetcher_->unit_count();
-      check_equal(prefetcher_->add_unit(image(unit)), unit, "the number of a unit");
+    for (int unit = prefetcher_->unit_count(); unit < shape_.units; ++unit) {
+      check_equal(prefetcher_->unit_count(), unit, "units");
+      add_unit(unit);
     }
   }
   void build() {
@@ -112,36 +134,61 @@ class World {
   }
 
   void set_poison(std::optional<std::uint8_t> value) {
-    poison_ = value.has_value();
+    poison_ = value;
     prefetcher_->set_poison(value);
+  }
+
+  // Closes the prefetcher, whatever it is at, and changes some units while there is none. What
+  // builds the next one gives it the homes that hold what they should. Can be repeated.
+  void close_for_another(Random& random) {
+    prefetcher_->close();
+    for (int unit = 0; unit < shape_.units; ++unit) {
+      homes_[index(unit)].filled = prefetcher_->home_filled(unit);
+    }
+    link_bytes_ += prefetcher_->stats().bytes_fetched;
+    prefetcher_.reset();
+    for (int unit = 0; unit < shape_.units; ++unit) {
+      if (!random.chance(0.2)) continue;
+      units_[index(unit)] = another_unit(unit, random);
+      homes_[index(unit)].filled = false;
+    }
   }
 
   // A kernel: copies the unit's bytes out of its slot, in stream order. They are checked later,
   // against what the unit's bytes are now.
   void read(int unit, const Acquired& acquired, StreamHandle stream) {
-    check_at_most(acquired.slot, shape_.slots - 1, "the slot of a unit");
+    const std::byte* place = nullptr;
+    if (lives_at_home(unit)) {
+      check_equal(acquired.slot, home_slot(unit), "the slot that is the unit's home");
+      place = homes_[index(unit)].memory.data();
+    } else {
+      check_at_most(acquired.slot, shape_.slots - 1, "the slot of a unit");
+      place = slots_[index(acquired.slot)].data();
+    }
+    note_crossed(unit);
     Reading& reading =
         readings_.emplace_back(Reading{unit, units_[index(unit)].content, acquired.slot,
                                        std::vector<std::byte>(image(unit)->plain_bytes())});
-    device_->copy_to_device(reinterpret_cast<DeviceAddress>(reading.seen.data()),
-                            slots_[index(acquired.slot)].data(), reading.seen.size(), stream);
+    device_->copy_to_device(reinterpret_cast<DeviceAddress>(reading.seen.data()), place,
+                            reading.seen.size(), stream);
   }
-  // New bytes for a unit: written over those in memory, or in an image of any kind. The change it
-  // returns can be repeated until it goes through.
+  // New bytes for a unit: written over those in memory, or in an image of any kind that fits its
+  // home. The change it returns can be repeated until it goes through.
   [[nodiscard]] std::function<void()> change(int unit, Random& random) {
     Unit& old = units_[index(unit)];
-    if (old.memory && old.image->packing() == nullptr && random.chance(0.5)) {
-      const auto content = random_content(random, old.image->bytes());
-      return [this, unit, content, &old] {
+    if (old.memory && random.chance(0.5)) {
+      return [this, unit, fresh = other_bytes(old, random), &old] {
         prefetcher_->invalidate(unit);
-        old.content = content;
-        write(*old.memory, *content);
+        old.content = fresh.plain;
+        write(*old.memory, *fresh.stored);
+        note_changed(unit);
       };
     }
-    return [this, unit, fresh = new_unit(random), &old] {
+    return [this, unit, fresh = another_unit(unit, random), &old] {
       lock(fresh);
       prefetcher_->replace_unit(unit, fresh.image);
       old = fresh;
+      note_changed(unit);
     };
   }
   // Changes a byte of a packed unit's chunk. The change back comes back; none if there is no chunk.
@@ -150,6 +197,7 @@ class World {
     const auto& chunks = packed.image->packing()->chunks;
     if (chunks.empty()) return nullptr;
     prefetcher_->invalidate(unit);
+    note_changed(unit);
     const PackedChunk& chunk = random.one_of(chunks);
     // Of its header: in the sections there is padding, which nobody looks at.
     std::byte* const place =
@@ -157,6 +205,7 @@ class World {
     *place ^= std::byte{0x40};
     return [this, unit, place] {
       prefetcher_->invalidate(unit);
+      note_changed(unit);
       *place ^= std::byte{0x40};
     };
   }
@@ -185,6 +234,29 @@ class World {
     prefetcher_->close();
     slots_.clear();
     staging_.clear();
+    for (UnitHome& home : homes_) home.memory = {};
+  }
+  // In worlds where every unit has a home: each crosses the link once until its bytes change. Not
+  // for those where something failed.
+  void check_link_bytes() const {
+    for (int unit = 0; unit < shape_.units; ++unit) {
+      if (!has_home(unit)) return;
+    }
+    const std::uint64_t bytes = link_bytes_ + prefetcher_->stats().bytes_fetched;
+    check_at_most(bytes, most_link_bytes_, "bytes that crossed the link");
+    check_at_most(least_link_bytes_, bytes, "bytes that must have crossed the link");
+  }
+  // Once closed: what was read at home, or from there, is there. Not if something failed.
+  void check_homes() const {
+    for (int unit = 0; unit < shape_.units; ++unit) {
+      const bool filled = prefetcher_->home_filled(unit);
+      if (!has_home(unit)) check(!filled, "no home is filled");
+      if (has_home(unit) && homes_[index(unit)].crossed) check(filled, "the home is filled");
+    }
+  }
+  void reset_stats() {
+    link_bytes_ += prefetcher_->stats().bytes_fetched;
+    prefetcher_->reset_stats();
   }
 
   // One stream for a whole forward.
@@ -210,26 +282,53 @@ class World {
   [[nodiscard]] const ImagePtr& image(int unit) const { return units_[index(unit)].image; }
   // A file that a unit is read from, or null.
   [[nodiscard]] SourceFilePtr file(int unit) const { return units_[index(unit)].file; }
-  [[nodiscard]] bool poison() const { return poison_; }
+  [[nodiscard]] bool poison() const { return poison_.has_value(); }
+  [[nodiscard]] bool has_home(int unit) const { return homes_[index(unit)].there; }
+  // Packed bytes stay there.
+  [[nodiscard]] bool kept(int unit) const { return homes_[index(unit)].kept; }
+  [[nodiscard]] bool lives_at_home(int unit) const { return has_home(unit) && !kept(unit); }
+  // Of those that come over the link at each use, if they don't stay in a slot.
+  [[nodiscard]] std::uint64_t bytes_of_passing_images() const {
+    std::uint64_t sum = 0;
+    for (int unit = 0; unit < shape_.units; ++unit) {
+      if (!has_home(unit)) sum += image(unit)->bytes();
+    }
+    return sum;
+  }
+  // Units that need a slot for each use.
+  [[nodiscard]] int passing_units() const {
+    int count = 0;
+    for (int unit = 0; unit < shape_.units; ++unit) count += lives_at_home(unit) ? 0 : 1;
+    return count;
+  }
   template <class Predicate>
   [[nodiscard]] std::uint64_t count_images(const Predicate& predicate) const {
     return static_cast<std::uint64_t>(std::count_if(
         units_.begin(), units_.end(), [&](const Unit& unit) { return predicate(*unit.image); }));
   }
-  [[nodiscard]] std::uint64_t bytes_of_images() const {
-    std::uint64_t sum = 0;
-    for (const Unit& unit : units_) sum += unit.image->bytes();
-    return sum;
-  }
 
  private:
   using Content = std::shared_ptr<const std::vector<std::byte>>;
+  struct Bytes {
+    Content stored;
+    Content plain;
+  };
   struct Unit {
     ImagePtr image;
     HostImagePtr memory;  // where its bytes stand, if that is in memory
     bool to_lock = false;
     SourceFilePtr file;
-    Content content;  // its bytes now
+    Content content;                    // its bytes now
+    std::vector<PackedTensor> tensors;  // of a packed one
+  };
+  // Memory of its own on the device, for the unit's plain bytes or its packed ones.
+  struct UnitHome {
+    bool there;
+    std::size_t bytes;              // that may be used; of the slots, if there is no home
+    std::vector<std::byte> memory;  // not empty, even if no byte of it is used
+    bool kept = false;
+    bool filled = false;   // to be given to the next prefetcher as filled
+    bool crossed = false;  // the bytes of now have come over the link, or been adopted
   };
   struct Reading {
     int unit;
@@ -252,19 +351,78 @@ class World {
   // A chunk that no packing makes smaller, and its table.
   [[nodiscard]] std::size_t staging_bytes() const { return shape_.slot_bytes + 4096; }
 
-  Unit new_unit(Random& random) {
-    const std::size_t bytes = random.chance(0.1) ? 0
-                              : random.chance(0.5)
-                                  ? shape_.slot_bytes
-                                  : random.between<std::size_t>(0, shape_.slot_bytes);
-    if (!random.chance(shape_.packed_share)) {
-      return stored_unit(random, pattern(random.seed(), bytes), 0.15);
+  // As large as what comes first may need, or larger.
+  UnitHome new_home(Random& random, bool packed) const {
+    const bool kept =
+        packed && shape_.slots > 0 && (shape_.staging == 0 || random.chance(shape_.kept_share));
+    const bool must = shape_.slots == 0 || (packed && shape_.staging == 0);
+    if (!must && !random.chance(shape_.home_share)) return {false, shape_.slot_bytes, {}};
+    const std::size_t least = kept ? packed::kAlignment : 0;
+    const std::size_t bytes =
+        random.chance(0.5) ? shape_.slot_bytes + (kept ? 4096 : 0)
+                           : std::max(least, random.between<std::size_t>(0, shape_.slot_bytes));
+    std::vector<std::byte> memory(std::max<std::size_t>(bytes, 1), std::byte{0xD5});
+    return {true, bytes, std::move(memory), kept};
+  }
+  [[nodiscard]] int home_slot(int unit) const {
+    int slot = shape_.slots;
+    for (int before = 0; before < unit; ++before) slot += has_home(before) ? 1 : 0;
+    return slot;
+  }
+  void add_unit(int unit) {
+    UnitHome& home = homes_[index(unit)];
+    Home given;
+    if (has_home(unit)) {
+      given = {reinterpret_cast<DeviceAddress>(home.memory.data()), home.bytes, home.kept,
+               home.filled};
     }
+    check_equal(prefetcher_->add_unit(image(unit), given), unit, "the number of a unit");
+    home.crossed = home.filled;
+    if (!home.filled) most_link_bytes_ += image(unit)->bytes();
+  }
+
+  void note_changed(int unit) {
+    homes_[index(unit)].crossed = false;
+    most_link_bytes_ += image(unit)->bytes();
+  }
+  void note_crossed(int unit) {
+    UnitHome& home = homes_[index(unit)];
+    if (!home.crossed) least_link_bytes_ += image(unit)->bytes();
+    home.crossed = true;
+  }
+
+  // `room`: for its plain bytes, or, if they are kept, for its packed ones.
+  Unit new_unit(Random& random, bool packed, std::size_t room, bool kept) {
+    const std::size_t most = std::min(room, shape_.slot_bytes);
+    std::size_t bytes = random.chance(0.1)   ? 0
+                        : random.chance(0.5) ? most
+                                             : random.between<std::size_t>(0, most);
+    if (!packed) return stored_unit(random, pattern(random.seed(), bytes), 0.15);
     PackedContent made = packed_content(random, bytes);
+    while (kept && made.packed.size() > room) made = packed_content(random, bytes /= 2);
     Unit unit = stored_unit(random, std::move(made.packed), 0);
     unit.image = std::make_shared<PackedImage>(unit.image);
     unit.content = std::make_shared<const std::vector<std::byte>>(std::move(made.plain));
+    unit.tensors = std::move(made.tensors);
     return unit;
+  }
+  // Of a kind that may take the unit's place.
+  Unit another_unit(int unit, Random& random) {
+    const UnitHome& home = homes_[index(unit)];
+    const bool packed = home.kept || (shape_.staging > 0 && random.chance(shape_.packed_share));
+    return new_unit(random, packed, home.bytes, home.kept);
+  }
+  // What may be written over the unit's bytes in memory, and the plain bytes of that: packed ones
+  // must lie as before, so that the exponents stay.
+  static Bytes other_bytes(const Unit& unit, Random& random) {
+    if (unit.image->packing() == nullptr) {
+      const Content content = random_content(random, unit.image->bytes());
+      return {content, content};
+    }
+    PackedContent made = with_other_signs(*unit.content, unit.tensors, random);
+    check_equal(made.packed.size(), unit.image->bytes(), "packed bytes with other signs");
+    return {std::make_shared<const std::vector<std::byte>>(std::move(made.packed)),
+            std::make_shared<const std::vector<std::byte>>(std::move(made.plain))};
   }
   Unit stored_unit(Random& random, std::vector<std::byte> content, double gaps) {
     return random.chance(shape_.file_share) ? unit_in_files(random, std::move(content), gaps)
@@ -273,26 +431,38 @@ class World {
   Unit unit_in_memory(Random& random, std::vector<std::byte> content) {
     const auto image = HostStore(backend_, {false, 1}).allocate(content.size());
     write(*image, content);
-    return {image, image, random.chance(shape_.locked_share), nullptr,
-            std::make_shared<const std::vector<std::byte>>(std::move(content))};
+    return {image,
+            image,
+            random.chance(shape_.locked_share),
+            nullptr,
+            std::make_shared<const std::vector<std::byte>>(std::move(content)),
+            {}};
   }
   Unit unit_in_files(Random& random, std::vector<std::byte> content, double gaps) {
     const bool words = content.size() % 4 == 0 && shape_.prefetch.engine.ring_chunk_bytes % 4 == 0;
     const bool unproven = words && !content.empty() && random.chance(0.3);
     ScatteredImage made = unproven ? unproven_image(random, std::move(content))
                                    : scattered_image(random, std::move(content), gaps);
-    return {made.image, nullptr, false, made.file,
-            std::make_shared<const std::vector<std::byte>>(std::move(made.content))};
+    return {made.image,
+            nullptr,
+            false,
+            made.file,
+            std::make_shared<const std::vector<std::byte>>(std::move(made.content)),
+            {}};
   }
 
   const Shape shape_;
-  bool poison_ = false;
+  std::optional<std::uint8_t> poison_;
   const std::shared_ptr<HostBackend> backend_;  // the engine's: its calls can be made to fail
   const std::shared_ptr<HostBackend> device_;   // the kernels'; streams and events fit both
   std::vector<Unit> units_;
   // Apart, so that a write beyond one is seen.
   std::vector<std::vector<std::byte>> slots_;
   std::vector<std::vector<std::byte>> staging_;
+  std::vector<UnitHome> homes_;         // by unit
+  std::uint64_t link_bytes_ = 0;        // that crossed the link until the stats were reset
+  std::uint64_t most_link_bytes_ = 0;   // of what has been to be brought to homes so far
+  std::uint64_t least_link_bytes_ = 0;  // and was read
   std::vector<Reading> readings_;
   std::vector<std::unique_ptr<Stream>> streams_;
   std::optional<Prefetcher> prefetcher_;  // last: its destructor waits for the streams
