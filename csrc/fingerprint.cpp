@@ -11,9 +11,12 @@
 namespace wanoffload {
 namespace {
 
-// The word, its place mixed in, through an integer hash in which each bit reaches all others.
+constexpr std::uint32_t kPlace = 0x9E3779B1U;
+
+// The word, its place (times kPlace) mixed in, through an integer hash in which each bit reaches
+// all others.
 std::uint32_t mix(std::uint32_t word, std::uint32_t place) {
-  std::uint32_t x = word ^ (place * 0x9E3779B1U);
+  std::uint32_t x = word ^ place;
   x = (x ^ (x >> 16)) * 0x7FEB352DU;
   x = (x ^ (x >> 15)) * 0x846CA68BU;
   return x ^ (x >> 16);
@@ -21,15 +24,16 @@ std::uint32_t mix(std::uint32_t word, std::uint32_t place) {
 
 std::uint64_t sum_of_words(const std::byte* start, std::uint32_t first, std::size_t count) {
   std::uint64_t sum = 0;
-  for (std::size_t i = 0; i < count; ++i) {
+  std::uint32_t place = first * kPlace;
+  for (std::size_t i = 0; i < count; ++i, place += kPlace) {
     std::uint32_t word;
     std::memcpy(&word, start + i * 4, 4);
-    sum += mix(word, first + static_cast<std::uint32_t>(i));
+    sum += mix(word, place);
   }
   return sum;
 }
 
-// The same in a sixth of the time.
+// The same in less than half of the time.
 WANOFFLOAD_WIDE std::uint64_t sum_of_words_wide(const std::byte* start, std::uint32_t first,
                                                 std::size_t count) {
   return sum_of_words(start, first, count);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backend/processor.h"
 #include "errors.h"
 #include "fingerprint.h"
 #include "packed_tile.h"
@@ -55,6 +56,7 @@ Packer::Tiles Packer::look(const std::byte* image, std::size_t plain_bytes,
   parallel_each(ranges.size(), threads, [&](std::size_t i) {
     const TileRange& range = ranges[i];
     for (std::size_t t = 0; t < range.tiles; ++t) {
+      if (t + 1 < range.tiles) prefetch(range.weights + (t + 1) * kTileBytes, kTileBytes);
       const TileBase found = best_base(range.weights + t * kTileBytes);
       tiles.bases[range.first_tile + t] = static_cast<std::uint8_t>(found.base);
       tiles.escapes[range.first_tile + t] = found.escapes;
@@ -91,6 +93,7 @@ std::uint64_t Packer::write_coded(const PlannedRun& run, std::byte* sections) co
   std::uint64_t checksum = 0;
   for (std::size_t t = 0; t < tiles; ++t) {
     const std::size_t offset = run.plain_offset + t * kTileBytes;
+    if (t + 1 < tiles) prefetch(image_ + offset + kTileBytes, kTileBytes);
     const std::uint32_t base = tiles_.bases[run.first_tile + t];
     const std::uint32_t entry = base << 24 | escapes;
     std::memcpy(sections + 4 * t, &entry, sizeof(entry));

@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "packed_format.h"
 
@@ -15,13 +16,35 @@ constexpr std::uint32_t kNibbles = 0x11111111U;
 constexpr std::size_t kWords = kGroups * kLanes;
 
 using Weights = std::array<std::uint16_t, kTileWeights>;
-using Codes = std::array<std::uint32_t, kWords>;  // G(k) of lane l at 32 k + l
+using Bytes = std::array<std::uint8_t, kTileWeights>;  // one of each weight
+using Codes = std::array<std::uint32_t, kWords>;       // G(k) of lane l at 32 k + l
 // Four weights, or what became of them, in the four 16-bit fields of a word; two words a lane.
 using Fours = std::array<std::uint64_t, kTileWeights / 4>;
 using SignBytes = std::array<std::uint32_t, kSignBytes / 4>;
 using CodeWords = std::array<std::uint32_t, kCodeBytes / 4>;
 
 constexpr std::uint64_t in_each_field(std::uint64_t value) { return value * 0x0001000100010001U; }
+
+// What stands at an address of any alignment. Loops read and write in place with these, because
+// the copies that casting whole arrays makes take longer than what is done with them.
+template <class Value>
+Value load(const void* from) {
+  Value value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+template <class Value>
+void store(void* to, Value value) {
+  std::memcpy(to, &value, sizeof(value));
+}
+
+inline Bytes exponents_of(const std::byte* weights) {
+  Bytes exponents;
+  for (std::size_t i = 0; i < kTileWeights; ++i) {
+    exponents[i] = static_cast<std::uint8_t>(load<std::uint16_t>(weights + 2 * i) >> 7);
+  }
+  return exponents;
+}
 
 // A bit for each code that is 7, where its three bits begin.
 inline std::uint32_t escapes_in(std::uint32_t word) {
@@ -34,15 +57,16 @@ inline std::uint32_t escapes_in_order(std::uint32_t word) {
   return (escapes | escapes >> 14) & 0x5555U;
 }
 
-// A bit for each escape of a lane, in their order: that of place j of group k is bit 16 k + 2 j.
-inline std::array<std::uint64_t, kLanes> escape_masks(const Codes& words) {
+// A bit for each escape of a lane, in their order: that of place j of group k is bit 16 k + 2 j of
+// the two words of the lane.
+inline std::array<std::uint32_t, 2 * kLanes> escape_masks(const Codes& words) {
   std::array<std::uint32_t, 2 * kLanes> halves;
   for (std::size_t lane = 0; lane < kLanes; ++lane) {
     halves[2 * lane] = escapes_in_order(words[lane]) | escapes_in_order(words[kLanes + lane]) << 16;
     halves[2 * lane + 1] = escapes_in_order(words[2 * kLanes + lane]) |
                            escapes_in_order(words[3 * kLanes + lane]) << 16;
   }
-  return std::bit_cast<std::array<std::uint64_t, kLanes>>(halves);
+  return halves;
 }
 
 inline std::size_t weight_of(std::size_t lane, int bit) {
@@ -58,7 +82,7 @@ void for_each_escape(const Codes& words, const Each& each) {
   constexpr std::uint64_t kNoEscape = std::uint64_t{1} << 63;
   const auto masks = escape_masks(words);
   for (std::size_t lane = 0; lane < kLanes; ++lane) {
-    std::uint64_t rest = masks[lane];
+    auto rest = load<std::uint64_t>(masks.data() + 2 * lane);
     for (int i = 0; i < 2; ++i, rest &= rest - 1) {
       each(weight_of(lane, std::countr_zero(rest | kNoEscape)), rest != 0);
     }

@@ -1,5 +1,7 @@
-// What the processor can do beyond what every one of its kind can.
+// What the processor can do beyond what every one of its kind can, and what it can be told.
 #pragma once
+
+#include <cstddef>
 
 namespace wanoffload {
 
@@ -15,5 +17,13 @@ inline bool wide_vectors() {
 #define WANOFFLOAD_WIDE
 constexpr bool wide_vectors() { return false; }
 #endif
+
+// Bytes that will be read soon: into the cache, while something else is computed.
+inline void prefetch(const std::byte* bytes, std::size_t count) {
+  constexpr std::size_t kCacheLine = 64;
+#if defined(__GNUC__)
+  for (std::size_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(bytes + i);
+#endif
+}
 
 }  // namespace wanoffload

@@ -1,6 +1,7 @@
 // Packed images: every bit comes back, and whatever their bytes are turned into, nothing is read or
 // written beyond a buffer (all are exactly as large as they must be), and wrong weights are found.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 #include <memory>
@@ -9,6 +10,7 @@
 #include "check.h"
 #include "errors.h"
 #include "packed_image.h"
+#include "packed_tile.h"
 #include "packer.h"
 #include "plain_images.h"
 #include "scratch_file.h"
@@ -162,12 +164,55 @@ void a_spoilt_image_does_no_harm(Random& random) {
   }
 }
 
+// Exponents over as many values as `spread`, some elsewhere: many windows hold equally many.
+Bytes tile_of_weights(Random& random) {
+  const auto lowest = random.between(0U, 255U);
+  const auto spread = random.one_of<unsigned>({0, 1, 6, 7, 8, 13, 20, 255});
+  const double elsewhere = random.one_of<double>({0, 0, 0.002, 0.1, 0.5});
+  const auto other = random.one_of<unsigned>({0, 1, 128, 254, 255});
+  Bytes tile(packed::kTileBytes);
+  for (std::size_t i = 0; i < tile.size(); i += 2) {
+    const unsigned near = std::min(lowest + random.between(0U, spread), 255U);
+    const unsigned exponent = random.chance(elsewhere) ? other : near;
+    const auto weight =
+        static_cast<std::uint16_t>((random.between(0U, 0xFFFFU) & 0x807FU) | exponent << 7);
+    std::memcpy(&tile[i], &weight, sizeof(weight));
+  }
+  return tile;
+}
+
+// The formula as docs/packing.md has it.
+TileBase plainly_the_best_base(const Bytes& tile) {
+  std::array<std::uint32_t, 256> counts{};
+  for (std::size_t i = 0; i < tile.size(); i += 2) {
+    std::uint16_t weight;
+    std::memcpy(&weight, &tile[i], sizeof(weight));
+    ++counts[weight >> 7 & 0xFF];
+  }
+  TileBase best{0, packed::kTileWeights + 1};
+  for (std::uint32_t base = 0; base <= packed::kMostBase; ++base) {
+    std::uint32_t escapes = packed::kTileWeights;
+    for (std::uint32_t e = base; e < base + 7; ++e) escapes -= counts[e];
+    if (escapes < best.escapes) best = {base, escapes};
+  }
+  return best;
+}
+
+void a_tile_has_the_best_base(Random& random) {
+  const Bytes tile = tile_of_weights(random);
+  const TileBase found = best_base(tile.data());
+  const TileBase wanted = plainly_the_best_base(tile);
+  check_equal(found.base, wanted.base, "the base of a tile");
+  check_equal(found.escapes, wanted.escapes, "the escapes of a tile");
+}
+
 }  // namespace
 }  // namespace wanoffload::stress
 
 int main(int argc, char** argv) {
   using namespace wanoffload::stress;
   for (Run run(argc, argv); run.next();) {
+    for (int i = 0; i < 20; ++i) a_tile_has_the_best_base(run.random());
     every_bit_comes_back(run.random());
     a_spoilt_chunk_does_no_harm(run.random());
     a_spoilt_image_does_no_harm(run.random());
