@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <limits>
+#include <utility>
 
 #include "errors.h"
 
@@ -169,14 +170,14 @@ void Prefetcher::prefetch() {
 // unpacked from its home.
 void Prefetcher::top_up() {
   const int ahead = horizon();
-  bool unpacks = false;  // a unit before this one, from its home
+  int room = slots_.passing();
+  bool unpacks = false;  // a unit among those looked at, from its home: one slot is for it
   for (int i = 0; i < ahead; ++i) {
     const int unit = coming(i);
-    if (slots_.find(unit) != kNoSlot) continue;
-    // The only slot is for the unit before it, which is still to be unpacked.
-    if (unpacks && slots_.passing() == 1 && !slots_.lives_at_home(unit)) return;
-    unpacks = unpacks || slots_.keeps_packed(unit);
-    if (!fetch_ahead(unit, ahead)) return;
+    if (slots_.keeps_packed(unit) ? !std::exchange(unpacks, true) : !slots_.lives_at_home(unit)) {
+      if (room-- == 0) break;
+    }
+    if (slots_.find(unit) == kNoSlot && !fetch_ahead(unit, ahead)) break;
   }
   if (options_.depth == 0) return;
   for (int i = 0; i < units() - 1; ++i) {

@@ -16,7 +16,8 @@ from tests.small_models import MODELS
 from tests.test_checkpoint import save
 from wanoffload import packing, placing, wrapping
 from wanoffload._C import HostBackend, HostImage, HostStore, Image, PackedImage
-from wanoffload.device_memory import SlotMemory, backend_for
+from wanoffload.device_memory import SlotMemory
+from wanoffload.runtime import backend_for
 from wanoffload.device_packing import DevicePacking
 from wanoffload.image import ImageLayout, lay_out, leave_unlocked
 from wanoffload.loading.checkpoint import Checkpoint

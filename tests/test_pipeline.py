@@ -383,6 +383,8 @@ BEGINNING, END = "beginning", "end"
         (STREAMING, Offloader, "end_forward"),
         (STREAMING, Offloader, "_leave_thread"),
         (STREAMING, Offloader, "pause"),
+        (replace(STREAMING, budget_of_one=1 << 30), Offloader, "pause"),
+        (replace(STREAMING, budget_of_one=1 << 30), Offloader, "resume"),
         (STREAMING, Floor, "enter"),
         (STREAMING, Floor, "clear"),
         (STREAMING, Parked, "bring_in"),

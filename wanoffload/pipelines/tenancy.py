@@ -80,12 +80,15 @@ class StreamedTenant:
 
     def arrive(self) -> None:
         """The offloader resumes by itself. Another's blocks make room."""
-        if self.floor.residents not in (None, self.runtime):
-            assert self.floor.residents is not None
-            self.floor.residents.pause()
+        other = self.floor.residents
+        if other is not None and other is not self.runtime and other.homes.units:
+            other.forget_forward()  # one that was interrupted: this thread is in another's
+            other.pause()
         self.floor.residents = self.runtime
 
     def leave(self) -> None:
+        if self.runtime.paused and self.runtime.in_forward():
+            return  # interrupted on its way in: it has taken nothing yet
         given = self.runtime.budget.nbytes is not None and not self.runtime.budget.auto
         self.runtime.pause(keep_residents=given and self._residents_stay)
 
