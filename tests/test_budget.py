@@ -371,3 +371,36 @@ def test_what_is_not_in_blocks_counts(device: str) -> None:
     assert runtime.device_bytes >= others + runtime.stats().slot_bytes
     assert runtime.device_bytes == runtime.residency.device_bytes
     assert runtime.device_bytes < others + runtime.stats().slot_bytes + 4 * MIB
+
+
+class Piece(nn.Module):
+    """A block that gives out a piece of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 64), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table[:2]
+
+
+class Pieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Piece(), Piece()])
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [block(x) for block in self.blocks]
+
+
+def test_what_a_block_gives_out_of_its_weights_stays_as_it_was(device: str) -> None:
+    model = wanoffload.wrap(Pieces().to(device), device=device, vram_budget="1GiB")
+    assert wanoffload.offloader(model).stats().resident_units == 2
+    expected = [block.table[:2].clone() for block in model.blocks]
+    with torch.no_grad():
+        pieces = model(torch.zeros(1, device=device))
+        for block in model.blocks:
+            block.table.zero_()
+        assert all(not piece.any() for piece in model(torch.zeros(1, device=device)))
+    for piece, was in zip(pieces, expected, strict=True):
+        assert torch.equal(piece.cpu(), was)
