@@ -368,9 +368,9 @@ def test_what_is_not_in_blocks_counts(device: str) -> None:
     inside = {id(p) for block in model.blocks for p in block.parameters()}
     tensors = [*model.parameters(), *model.buffers()]
     others = sum(tensor.nbytes for tensor in tensors if id(tensor) not in inside)
-    assert runtime.device_bytes >= others + runtime.stats().slot_bytes
+    counted = runtime.device_bytes - allocated(runtime.stats().slot_bytes)
+    assert others <= counted < others + 512 * len(tensors)
     assert runtime.device_bytes == runtime.residency.device_bytes
-    assert runtime.device_bytes < others + runtime.stats().slot_bytes + 4 * MIB
 
 
 class Piece(nn.Module):

@@ -108,7 +108,7 @@ class _Sweep:
         return values
 
     def _turn(self, live: Live, offloader: Offloader) -> tuple[Turns, bool]:
-        """Steps once what is to stay is there, and whether they fetched what the plan says: or less,
+        """Steps once what is to stay is there, and whether they fetched what the plan says, or less
         if a unit that streams found its slot unneeded by others and stayed there."""
         steps = STEPS.get(self.size.frames, STEPS_OF_LONG)
         turns = self.measure.warm_up(live, 0.0, steps)
