@@ -38,6 +38,9 @@ void check_fits(std::size_t bytes, std::size_t room, const char* where) {
 
 // Refuses an image that its home, or the slots it passes through, can't hold.
 void Prefetcher::make_room_for(const Image& image, const Home& home) const {
+  if (!home && (home.bytes != 0 || home.as_stored || home.filled)) {
+    throw UsageError("a home begins at an address; none was given");
+  }
   if (home.as_stored && image.packing() == nullptr) {
     throw UsageError("a unit whose packed bytes are to stay on the device is not packed");
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -793,3 +794,11 @@ def test_an_abandoned_forward_gives_homes_back() -> None:
         overwrite(rig.units[unit])
     rig.check_all()
     assert rig.counts()[0] == 4
+
+
+@pytest.mark.parametrize("home", [{"home_bytes": 1}, {"as_stored": True}, {"filled": True}])
+def test_a_home_without_an_address_is_refused(home: dict[str, Any]) -> None:
+    rig = Rig(host_units(PASSES, 1), [PASSES], slots=1)
+    with pytest.raises(UsageError, match="address"):
+        rig.engine.add_unit(rig.units[0].image, **home)
+    assert rig.engine.unit_count == 1
