@@ -216,3 +216,16 @@ def test_a_shape_that_comes_once_brings_nothing(
         run_model(model, card)
         stay.append(offloader.stats().resident_units > 0)
     assert stay == [False, False, False, True, True, True]
+
+
+def test_room_that_the_plan_has_no_use_for_makes_no_new_engine(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, offloader = wrapped()
+    streaming = offloader.residency
+    monkeypatch.setattr(Offloader, "_choose", lambda *_: streaming)
+    engines = []
+    for _ in range(5):
+        run_model(model, card)
+        engines.append(offloader._prefetcher)
+    assert len(set(map(id, engines[1:]))) == 1

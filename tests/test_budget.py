@@ -348,15 +348,21 @@ def test_less_stays_where_a_forward_finds_less_memory(
     check_outputs(model, 2)
 
 
-def test_a_home_that_was_not_filled_yet_is_filled_by_the_next_engine() -> None:
+def test_a_home_that_was_not_filled_yet_is_filled_by_the_next_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = SlotMemory.__init__
+
+    def poisoned(self: SlotMemory, *given: Any) -> None:
+        real(self, *given)
+        self.memory.fill_(0xFF)
+
+    monkeypatch.setattr(SlotMemory, "__init__", poisoned)
     model = wrapped(vram_budget=budget_for("wan22_5b", 0))
     runtime = wanoffload.offloader(model)
     check_outputs(model, 1)
     for _ in range(2):
         runtime.set_budget(budget_for("wan22_5b", 100))
-        for home in runtime.homes.units.values():
-            if not home.filled:
-                home.place.memory.fill_(0xFF)
         runtime.pause(keep_residents=True)
         check_outputs(model, 1)
         runtime.set_budget(budget_for("wan22_5b", 0))

@@ -28,7 +28,7 @@ from wanoffload._C import (
     TransferTimeout,
     UsageError,
 )
-from wanoffload.runtime import SlotMemory
+from wanoffload.device_memory import SlotMemory
 
 TENSOR = 2048
 CHUNK = 64 * TENSOR  # of the plain image: so many tensors are a chunk

@@ -32,7 +32,7 @@ from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, Wr
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.recently_read import RecentlyRead
-from wanoffload.residency import Rates, Residency, UnitBytes, allocated, choose
+from wanoffload.residency import Residency, UnitBytes, allocated, choose
 from wanoffload.step_time import StepTime
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,6 @@ class Offloader(hooks.Attached):
         verify: bool,
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
         others: int = 0,
-        rates: Rates | None = None,
     ) -> None:
         self.device = device
         self.verify = verify
@@ -154,8 +153,8 @@ class Offloader(hooks.Attached):
         self._prefetch = prefetch
         self._budget = budget
         self._others = others  # bytes on the device of what is not in blocks
-        self._rates = rates
         self._activations = self._watch(budget)
+        self._planned_for = 0  # bytes: the ceiling that the residency was chosen for
         self._poison: int | None = None
         self._slot_owner: list[Tensor] = []
         self._prefetcher: Prefetcher  # made by connect()
@@ -179,6 +178,8 @@ class Offloader(hooks.Attached):
             binding.index = number
         self._take_memory(self._choose(self._budget))
         self._make_engine()
+        if self._budget.nbytes is not None:
+            logger.info("%s", self.residency.sentence)
 
     # Memory of the device.
 
@@ -195,7 +196,6 @@ class Offloader(hooks.Attached):
             budget.nbytes,
             others=self._others,
             prefetch=self._prefetch,
-            rates=self._rates,
             largest_chunk=chunk,
         )
         if found.streamed_bytes == 0:
@@ -235,7 +235,7 @@ class Offloader(hooks.Attached):
                 self.slots = SlotMemory(residency.slots, residency.slot_bytes, self.device)
             self.staging = self._make_staging(residency)
             self.homes.make(wanted)
-        logger.info("%s", residency.sentence)
+        logger.debug("%s", residency.sentence)
 
     def _wanted(self, residency: Residency) -> dict[int, Wanted]:
         """The homes of a residency."""
@@ -468,7 +468,9 @@ class Offloader(hooks.Attached):
         if self._paused:
             return
         too_much = self.homes.nbytes > 0 and (room is None or room < self.device_bytes)
-        enough = room is not None and room >= self.device_bytes + allocated(self._largest())
+        # What a plan leaves unused, or could not have, is no reason for another.
+        used = max(self.device_bytes, self._planned_for)
+        enough = room is not None and room >= used + allocated(self._largest())
         more = enough and activations.again and len(self.residency.resident) < len(self.bindings)
         if too_much or more:
             self._recover()
@@ -597,7 +599,8 @@ class Offloader(hooks.Attached):
         try:
             self._rebuild()
             self._activations = self._watch(budget)
-        except torch.OutOfMemoryError:
+            logger.info("%s", self.residency.sentence)
+        except BaseException:
             self._budget = before
             raise
         finally:
@@ -634,6 +637,7 @@ class Offloader(hooks.Attached):
         if not self._paused or self._closed:
             return
         self._let_slots_go(keep_homes=True)  # what a pause that stalled left
+        self._planned_for = self._budget.nbytes or 0
         wanted = self._choose_within(self._budget.nbytes) if self._budget.auto else None
         self._take_what_is_there(wanted or self._choose(self._budget), exactly)
         for name in _COUNTS:
