@@ -77,6 +77,28 @@ def test_a_smaller_shape_has_the_room_of_a_larger_one_until_it_was_seen() -> Non
     assert run(activations, card, inputs(9, 8), 20 * GIB) is None
 
 
+def test_a_prompt_larger_than_the_latents_does_not_hide_that_these_are_larger() -> None:
+    card = Card()
+    activations = Activations(card)
+    prompt = torch.empty(1000, 8, device="meta")
+
+    def with_prompt(frames: int) -> Any:
+        return (), {"latents": torch.empty(frames, 8, device="meta"), "prompt": prompt}
+
+    run(activations, card, with_prompt(2), 3 * GIB)
+    assert run(activations, card, with_prompt(9), 20 * GIB) is None
+    assert run(activations, card, with_prompt(4), 8 * GIB) == left(card, 20 * GIB)
+
+
+def test_inputs_of_which_one_is_larger_and_one_smaller_are_not_known() -> None:
+    card = Card()
+    activations = Activations(card)
+    run(activations, card, (torch.empty(4, device="meta"), torch.empty(9, device="meta")), GIB)
+    crossed = (torch.empty(9, device="meta"), torch.empty(4, device="meta"))
+    assert run(activations, card, crossed, GIB) is None
+    assert run(activations, card, (torch.empty(4, device="meta"),), GIB) is None
+
+
 def test_what_the_allocator_kept_for_others_is_not_taken_for_a_new_shape() -> None:
     card = Card(kept=30 * GIB)
     activations = Activations(card)
@@ -210,7 +232,7 @@ def test_a_shape_that_comes_once_brings_nothing(
     """To bring blocks for one forward costs what it saves."""
     model, offloader = wrapped()
     shapes = iter("ABAABB")
-    monkeypatch.setattr("wanoffload.activations._shapes", lambda _: (next(shapes), 1))
+    monkeypatch.setattr("wanoffload.activations._shapes", lambda _: (next(shapes), [1]))
     stay = []
     for _ in range(6):
         run_model(model, card)

@@ -68,7 +68,7 @@ class Activations:
     def __init__(self, memory: DeviceMemory) -> None:
         self._memory = memory
         self._takes: dict[Hashable, int] = {}
-        self._elements: dict[Hashable, int] = {}
+        self._sizes: dict[Hashable, list[int]] = {}
         self._key: Hashable = None
         self._again = False  # the forward before had the same shapes
         self._began_with = 0
@@ -79,10 +79,10 @@ class Activations:
 
         `held`: what they take now.
         """
-        key, elements = _shapes(args)
+        key, sizes = _shapes(args)
         self._again = key == self._key
         self._key = key
-        self._elements[key] = elements
+        self._sizes[key] = sizes
         if key not in self._takes:
             self._memory.tidy()  # so that what is reserved behind it is this forward's
         takes = self._expected(key)
@@ -116,16 +116,25 @@ class Activations:
         self._takes.pop(self._key, None)
 
     def _expected(self, key: Hashable) -> int | None:
-        """What it took; else what one of at least as large inputs took."""
+        """What it took; else what one took whose inputs were at least as large, each of them."""
         if key in self._takes:
             return self._takes[key]
-        size = self._elements[key]
-        larger = [takes for k, takes in self._takes.items() if self._elements[k] >= size]
+        larger = [
+            takes
+            for known, takes in self._takes.items()
+            if _at_least(self._sizes[known], self._sizes[key])
+        ]
         return min(larger, default=None)
 
 
-def _shapes(args: Any) -> tuple[Hashable, int]:
-    """What tells forwards apart, and the elements of the largest input."""
+def _shapes(args: Any) -> tuple[Hashable, list[int]]:
+    """What tells forwards apart, and the elements of each input."""
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-    return key, max((tensor.numel() for tensor in tensors), default=0)
+    return key, [tensor.numel() for tensor in tensors]
+
+
+def _at_least(sizes: list[int], others: list[int]) -> bool:
+    """Whether each is as large as its counterpart. A prompt can be larger than all latents are: the
+    largest input alone tells nothing."""
+    return len(sizes) == len(others) and all(a >= b for a, b in zip(sizes, others, strict=True))
