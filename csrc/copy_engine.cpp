@@ -80,7 +80,7 @@ EventHandle CopyEngine::end_of(StreamHandle way) const {
 }
 
 void CopyEngine::reset(Transfer& transfer) {
-  transfer.begun_ = false;
+  transfer.entered_ = 0;
   transfer.next_packed_ = 0;
   transfer.place_.reset();
 }
@@ -91,24 +91,45 @@ void CopyEngine::poison(DeviceAddress place, std::size_t bytes, StreamHandle str
   backend_->fill_device(place, static_cast<std::uint8_t>(value), bytes, stream);
 }
 
-// What precedes the first byte that is written to the destination.
-void CopyEngine::begin(Transfer& transfer) {
-  if (transfer.begun_) return;
+// What precedes the first byte of the stretch that comes next.
+void CopyEngine::enter_next(Transfer& transfer) {
   const StreamHandle way = way_of(transfer);
-  come_behind_unread(transfer, way);
-  for (const EventHandle event : transfer.wait_for) backend_->wait(way, event);
-  transfer.unread_on_ = way;
-  poison(transfer.destination, transfer.bytes_there(), way);
-  transfer.begun_ = true;
+  if (transfer.entered_ == 0) {
+    come_behind_unread(transfer, way);
+    transfer.unread_on_ = way;
+  }
+  const Stretch& stretch = transfer.stretches[transfer.entered_];
+  for (std::size_t i = stretch.first_wait; i < stretch.end_wait; ++i) {
+    backend_->wait(way, transfer.wait_for[i]);
+  }
+  poison(stretch.address, stretch.bytes, way);
+  ++transfer.entered_;
 }
 
-// A fill of the same place that nobody read may have gone the other way, as a whole or until it
-// failed: no reader's event stands behind it.
-void CopyEngine::come_behind_unread(Transfer& transfer, StreamHandle way) {
-  const StreamHandle other = transfer.unread_on_;
+void CopyEngine::enter_all(Transfer& transfer) {
+  while (transfer.entered_ < transfer.stretches.size()) enter_next(transfer);
+}
+
+// What was brought to these addresses and nobody read may have gone another way, as a whole or
+// until it failed: no reader's event stands behind it.
+void CopyEngine::come_behind_unread(const Transfer& transfer, StreamHandle way) {
+  come_behind(transfer.unread_on_, way);
+  for (const StreamHandle other : transfer.behind) come_behind(other, way);
+}
+
+void CopyEngine::come_behind(StreamHandle other, StreamHandle way) {
   if (other == 0 || other == way) return;
   backend_->record(end_of(other), other);
   backend_->wait(way, end_of(other));
+}
+
+// The stretch with the byte at `offset` of the image. It, and those before it, may be written.
+const Stretch& CopyEngine::enter(Transfer& transfer, std::size_t offset) {
+  const auto& row = transfer.stretches;
+  while (transfer.entered_ < row.size() && row[transfer.entered_].offset <= offset) {
+    enter_next(transfer);
+  }
+  return row[transfer.entered_ - 1];
 }
 
 // Enqueues the bytes [offset, offset + bytes) of the image, which stand at `data`, behind those
@@ -116,9 +137,15 @@ void CopyEngine::come_behind_unread(Transfer& transfer, StreamHandle way) {
 void CopyEngine::put(Transfer& transfer, std::size_t offset, const std::byte* data,
                      std::size_t bytes) {
   if (transfer.packing() != nullptr) return put_packed(transfer, offset, data, bytes);
-  begin(transfer);
-  if (bytes == 0) return;
-  backend_->copy_to_device(transfer.destination + offset, data, bytes, stream());
+  while (bytes > 0) {
+    const Stretch& stretch = enter(transfer, offset);
+    const std::size_t within = offset - stretch.offset;
+    const std::size_t now = std::min(bytes, stretch.bytes - within);
+    backend_->copy_to_device(stretch.address + within, data, now, stream());
+    offset += now;
+    data += now;
+    bytes -= now;
+  }
 }
 
 // Of these bytes, what is of chunks goes to their staging slots; each chunk that is whole there is
@@ -153,7 +180,7 @@ StagingRing::Place CopyEngine::open_staging(const PackedChunk& chunk) {
 
 // The chunk is whole in its staging slot.
 void CopyEngine::unpack(Transfer& transfer, const PackedChunk& chunk) {
-  begin(transfer);
+  enter_all(transfer);  // bytes that are spoilt may ask to be unpacked to anywhere in the image
   const StagingRing::Place place = *transfer.place_;
   transfer.place_.reset();  // whatever comes of it
   staging_->unpack(place, job_of(transfer, chunk, place.address), stream());
@@ -161,21 +188,21 @@ void CopyEngine::unpack(Transfer& transfer, const PackedChunk& chunk) {
 
 UnpackJob CopyEngine::job_of(const Transfer& transfer, const PackedChunk& chunk,
                              DeviceAddress place) {
-  return {place,        chunk.bytes,      transfer.destination, transfer.bytes_there(),
+  return {place,        chunk.bytes,      transfer.destination(), transfer.bytes_there(),
           chunk.blocks, transfer.spoilt_, transfer.generation};
 }
 
 // The packed bytes stand on the device, and stay: nothing is copied.
 void CopyEngine::unpack_in_place(Transfer& transfer) {
-  begin(transfer);
+  enter_all(transfer);
   for (const PackedChunk& chunk : transfer.packing()->chunks) {
     backend_->unpack(job_of(transfer, chunk, transfer.source + chunk.offset), home_stream());
   }
 }
 
-// What follows the last byte.
+// What follows the last byte. Also what the image left of the place is free by then.
 void CopyEngine::finish(Transfer& transfer) {
-  begin(transfer);  // if there was no byte
+  enter_all(transfer);
   backend_->record(transfer.ready, way_of(transfer));
   transfer.ready_generation_ = transfer.generation;
 }
@@ -188,7 +215,7 @@ void CopyEngine::give_up(Transfer& transfer) {
 }
 
 void CopyEngine::submit(Transfer& transfer) {
-  if (!transfer.as_stored) check_staging(*transfer.image, transfer.destination, transfer.source);
+  if (!transfer.as_stored) check_staging(*transfer.image, transfer.destination(), transfer.source);
   if (transfer.image->locked() || transfer.image->bytes() == 0 || transfer.source != 0) {
     return submit_locked(transfer);
   }
@@ -228,7 +255,6 @@ void CopyEngine::submit_locked(Transfer& transfer) {
 
 void CopyEngine::adopt(Transfer& transfer) {
   reset(transfer);
-  transfer.begun_ = true;
   backend_->record(transfer.ready, stream());
   transfer.ready_generation_ = transfer.generation;
 }

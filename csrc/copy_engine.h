@@ -31,18 +31,29 @@ struct EngineOptions {
   StagingMemory staging{};  // for packed images; none: they are refused
 };
 
+// A run of an image's bytes and where it goes, behind what it has to wait for.
+struct Stretch {
+  std::size_t offset;  // in the image
+  std::size_t bytes;
+  DeviceAddress address;
+  std::size_t first_wait, end_wait;  // of Transfer::wait_for
+};
+
 // One image on its way to one place. Owned by the caller, who keeps it (and the image, and the
 // events) until the transfer is settled: enqueued or failed. The same one is used again for the
 // next fill of that place.
 class Transfer {
  public:
   ImagePtr image;
-  DeviceAddress destination = 0;
+  // Where its bytes go, in their order, without gaps; all there is of the place, though the image
+  // may end before. What is unpacked goes to one run of addresses.
+  std::vector<Stretch> stretches;
+  std::vector<EventHandle> wait_for;  // each before the first byte of its stretch is written
+  std::vector<StreamHandle> behind;   // what these are given until then precedes all of it, too
   bool as_stored = false;    // packed bytes stay packed: they are brought as if they were plain
   DeviceAddress source = 0;  // where the device has the image's packed bytes; 0: the host has them
-  std::vector<EventHandle> wait_for;  // before the first byte is written there
-  EventHandle ready = 0;              // recorded behind the last byte
-  std::uint64_t generation = 0;       // which fill of its destination this is
+  EventHandle ready = 0;     // recorded behind the last byte
+  std::uint64_t generation = 0;  // which fill of its destination this is
 
   // How the bytes are unpacked on their way, or null.
   [[nodiscard]] const Packing* packing() const { return as_stored ? nullptr : image->packing(); }
@@ -55,8 +66,18 @@ class Transfer {
   [[nodiscard]] std::uint64_t ready_generation() const { return ready_generation_; }
   // Whether the backend found a chunk of this fill spoilt, once `ready` is complete.
   [[nodiscard]] bool spoilt() const { return *spoilt_ == generation; }
+  // Where the first byte goes.
+  [[nodiscard]] DeviceAddress destination() const {
+    return stretches.empty() ? 0 : stretches[0].address;
+  }
+  // The stream that wrote to the place since it was read last, or 0. Only once settled.
+  [[nodiscard]] StreamHandle unread_on() const { return unread_on_; }
   // A stream has waited for `ready`, and `wait_for` of the next fill will stand behind that.
   void note_read() { unread_on_ = 0; }
+  // One place as a whole, behind all of `wait_for`.
+  void go_to(DeviceAddress address, std::size_t bytes) {
+    stretches.assign(1, {0, bytes, address, 0, wait_for.size()});
+  }
 
  private:
   friend class CopyEngine;
@@ -67,7 +88,7 @@ class Transfer {
   StreamHandle unread_on_ = 0;  // where the place was written since it was read; 0: nowhere
 
   // of whoever enqueues its bytes, one thread at a time
-  bool begun_ = false;           // the stream that writes to the destination waits for wait_for
+  std::size_t entered_ = 0;      // stretches whose waits are enqueued: the first ones
   std::size_t next_packed_ = 0;  // the chunk of the packing that is copied next, or further
   std::optional<StagingRing::Place> place_;  // where that chunk is, if it was begun
 
@@ -87,6 +108,7 @@ class Transfer {
 // `wait_for` holds up the copy stream alone. So up to ring_chunks * ring_chunk_bytes are read
 // beyond what has reached the device, of what was submitted. Each thread has one read under way.
 //
+// What stands in a transfer's place is overwritten stretch by stretch, as it comes free.
 // A packed image's `wait_for` and `ready` are the unpack stream's: copies into the staging ring run
 // ahead of a destination that is still being read. If the device has its packed bytes they are the
 // home stream's. All streams wait only for events that were recorded before the wait was issued, so
@@ -158,8 +180,11 @@ class CopyEngine {
   [[nodiscard]] StreamHandle way_of(const Transfer& transfer) const;
   [[nodiscard]] EventHandle end_of(StreamHandle way) const;
   static void reset(Transfer& transfer);
-  void begin(Transfer& transfer);
-  void come_behind_unread(Transfer& transfer, StreamHandle way);
+  void enter_next(Transfer& transfer);
+  void enter_all(Transfer& transfer);
+  const Stretch& enter(Transfer& transfer, std::size_t offset);
+  void come_behind_unread(const Transfer& transfer, StreamHandle way);
+  void come_behind(StreamHandle other, StreamHandle way);
   void put(Transfer& transfer, std::size_t offset, const std::byte* data, std::size_t bytes);
   void put_packed(Transfer& transfer, std::size_t offset, const std::byte* data, std::size_t bytes);
   void unpack_in_place(Transfer& transfer);

@@ -1,39 +1,85 @@
 #include "device_slots.h"
 
+#include <algorithm>
 #include <string>
+#include <utility>
 
 #include "errors.h"
 
 namespace wanoffload {
 
-Slot::Slot(const BackendPtr& backend, DeviceAddress address, std::size_t size)
-    : bytes(size), ready(backend) {
-  transfer.destination = address;
+namespace {
+
+std::size_t sum(const std::vector<DeviceRange>& pieces) {
+  std::size_t bytes = 0;
+  for (const DeviceRange& piece : pieces) bytes += piece.bytes;
+  return bytes;
+}
+
+bool overlap(const DeviceRange& a, const DeviceRange& b) {
+  return a.address < b.address + b.bytes && b.address < a.address + a.bytes;
+}
+
+bool overlap(const Slot& a, const Slot& b) {
+  return std::ranges::any_of(a.pieces, [&](const DeviceRange& of_a) {
+    return std::ranges::any_of(b.pieces,
+                               [&](const DeviceRange& of_b) { return overlap(of_a, of_b); });
+  });
+}
+
+}  // namespace
+
+Slot::Slot(const BackendPtr& backend, std::vector<DeviceRange> ranges)
+    : pieces(std::move(ranges)), bytes(sum(pieces)), ready(backend) {
   transfer.ready = ready.handle();
   readers.reserve(4);
-  transfer.wait_for.reserve(4);
+  transfer.wait_for.reserve(16);
+  transfer.stretches.reserve(16);
 }
 
 DeviceSlots::DeviceSlots(BackendPtr backend, const std::vector<DeviceAddress>& addresses,
-                         std::size_t slot_bytes)
+                         std::size_t slot_bytes, std::size_t least_stretch)
     : backend_(std::move(backend)),
       slot_bytes_(slot_bytes),
+      least_stretch_(least_stretch),
       passing_(static_cast<int>(addresses.size())) {
-  for (const DeviceAddress address : addresses) slots_.emplace_back(backend_, address, slot_bytes);
+  for (const DeviceAddress address : addresses) add_slot({{address, slot_bytes}});
+}
+
+void DeviceSlots::add_slot(std::vector<DeviceRange> pieces) {
+  const Slot& slot = slots_.emplace_back(backend_, std::move(pieces));
+  for (const DeviceRange& piece : slot.pieces) occupancy_.add(piece.address, piece.bytes);
 }
 
 void DeviceSlots::add_unit(const Home& home, CopyEngine& engine) {
   if (home) {
-    Slot& slot = slots_.emplace_back(backend_, home.address, home.bytes);
-    slot.transfer.as_stored = home.as_stored;
+    add_slot(home.pieces);
+    slots_.back().transfer.as_stored = home.as_stored;
     try {
-      if (home.filled) adopt(slot, units(), engine);
+      check_shares(slots_.back());
+      if (home.filled) adopt(size() - 1, units(), engine);
     } catch (...) {
       slots_.pop_back();
       throw;
     }
+    mark_shared(slots_.back());
   }
   homes_.push_back({home ? size() - 1 : kNoSlot, home.as_stored});
+}
+
+void DeviceSlots::check_shares(const Slot& added) const {
+  for (const Slot& other : slots_) {
+    const bool either = added.transfer.as_stored || other.transfer.as_stored;
+    if (&other == &added || !either || !overlap(other, added)) continue;
+    throw UsageError("a home where packed bytes stay shares no memory with others");
+  }
+}
+
+void DeviceSlots::mark_shared(Slot& added) {
+  for (Slot& other : slots_) {
+    if (&other == &added || !overlap(other, added)) continue;
+    other.shared = added.shared = true;
+  }
 }
 
 bool DeviceSlots::keeps_packed(int unit) const {
@@ -43,6 +89,11 @@ bool DeviceSlots::keeps_packed(int unit) const {
 
 bool DeviceSlots::lives_at_home(int unit) const {
   return home_of(unit) != kNoSlot && !keeps_packed(unit);
+}
+
+bool DeviceSlots::stays(int unit) const {
+  const int home = home_of(unit);
+  return home != kNoSlot && !at(home).shared;
 }
 
 int DeviceSlots::find(int unit) const {
@@ -65,34 +116,122 @@ bool DeviceSlots::filled(int unit) const {
 }
 
 // The home holds the unit's bytes already.
-void DeviceSlots::adopt(Slot& slot, int unit, CopyEngine& engine) {
+void DeviceSlots::adopt(int index, int unit, CopyEngine& engine) {
+  if (!holders(index).empty()) {
+    throw UsageError("a home that shares memory with others can't be filled from the beginning");
+  }
+  Slot& slot = (*this)[index];
   slot.transfer.generation = ++slot.generation;
   engine.adopt(slot.transfer);
+  take_over(index);
   slot.unit = unit;
   slot.fresh = true;
+}
+
+const std::vector<int>& DeviceSlots::holders(int slot) {
+  holders_.clear();
+  for (const DeviceRange& piece : pieces(slot)) {
+    for (const Occupancy::Cell& cell : occupancy_.cells(piece.address, piece.bytes)) {
+      const bool known = std::ranges::find(holders_, cell.holder) != holders_.end();
+      if (cell.holder != kNoSlot && !known) holders_.push_back(cell.holder);
+    }
+  }
+  return holders_;
 }
 
 void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& engine,
                        DeviceAddress source) {
   Slot& slot = (*this)[index];
-  if (slot.users != 0) throw UsageError("slot " + std::to_string(index) + " is in use");
   const std::size_t bytes = slot.transfer.as_stored ? image->bytes() : image->plain_bytes();
   if (bytes > slot.bytes) {
     throw UsageError("a unit of " + std::to_string(bytes) + " bytes in a slot of " +
                      std::to_string(slot.bytes));
   }
-  drop(index);
-  record_reads(slot);
-  slot.transfer.wait_for.clear();
-  for (const SlotReader& reader : slot.readers) {
-    if (reader.read) slot.transfer.wait_for.push_back(reader.free.handle());
+  const std::vector<int>& held_by = holders(index);
+  for (const int holder : held_by) {
+    if (at(holder).users != 0) throw UsageError("slot " + std::to_string(holder) + " is in use");
   }
+  for (const int holder : held_by) drop(holder);
+  for (const int holder : held_by) record_reads((*this)[holder]);
+  // One whose fill failed has not come behind those that it was to overwrite.
+  const bool all_came = std::ranges::all_of(held_by, [this](int holder) {
+    return at(holder).transfer.ready_generation() == at(holder).generation;
+  });
+  slot.transfer.stretches.clear();
+  slot.transfer.wait_for.clear();
+  slot.transfer.behind.clear();
+  if (all_came) {
+    come_behind_holders(index);
+  } else {
+    come_behind_all(index);
+  }
+  take_over(index);
   slot.transfer.image = image;
   slot.transfer.source = source;
   slot.transfer.generation = ++slot.generation;
   engine.submit(slot.transfer);
   slot.unit = unit;
   slot.fresh = true;
+}
+
+// Each stretch waits for the readers of who has it now.
+void DeviceSlots::come_behind_holders(int index) {
+  Transfer& transfer = (*this)[index].transfer;
+  std::size_t offset = 0;
+  for (const DeviceRange& piece : pieces(index)) {
+    int last = kNoSlot;
+    bool begun = false;  // a stretch goes on in one piece
+    for (const Occupancy::Cell& cell : occupancy_.cells(piece.address, piece.bytes)) {
+      const std::size_t bytes = cell.end - cell.begin;
+      const bool more = begun && (cell.holder == last || bytes < least_stretch_ ||
+                                  transfer.stretches.back().bytes < least_stretch_);
+      if (!more) {
+        const std::size_t waits = transfer.wait_for.size();
+        transfer.stretches.push_back({offset, 0, cell.begin, waits, waits});
+      }
+      if (cell.holder != kNoSlot && !(begun && cell.holder == last)) {
+        come_behind(transfer, (*this)[cell.holder]);
+      }
+      transfer.stretches.back().bytes += bytes;
+      transfer.stretches.back().end_wait = transfer.wait_for.size();
+      offset += bytes;
+      last = cell.holder;
+      begun = true;
+    }
+  }
+}
+
+// All of it waits for all readers that there are, whatever they read.
+void DeviceSlots::come_behind_all(int index) {
+  Transfer& transfer = (*this)[index].transfer;
+  for (Slot& slot : slots_) {
+    record_reads(slot);
+    come_behind(transfer, slot);
+  }
+  std::size_t offset = 0;
+  for (const DeviceRange& piece : pieces(index)) {
+    const std::size_t first = offset == 0 ? 0 : transfer.wait_for.size();
+    transfer.stretches.push_back(
+        {offset, piece.bytes, piece.address, first, transfer.wait_for.size()});
+    offset += piece.bytes;
+  }
+}
+
+void DeviceSlots::come_behind(Transfer& transfer, Slot& holder) {
+  for (const SlotReader& reader : holder.readers) {
+    if (reader.read) transfer.wait_for.push_back(reader.free.handle());
+  }
+  const StreamHandle unread_on = holder.transfer.unread_on();
+  const bool known = std::ranges::find(transfer.behind, unread_on) != transfer.behind.end();
+  if (unread_on != 0 && !known) transfer.behind.push_back(unread_on);
+}
+
+void DeviceSlots::take_over(int index) {
+  for (const DeviceRange& piece : pieces(index)) {
+    for (Occupancy::Cell& cell : occupancy_.cells(piece.address, piece.bytes)) {
+      cell.holder = index;
+    }
+  }
 }
 
 void DeviceSlots::begin_read(int index, StreamHandle stream) {

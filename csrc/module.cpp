@@ -383,35 +383,42 @@ void bind_prefetcher(py::module_& m) {
 
   // Its destructor joins threads that may want the interpreter's lock.
   py::class_<Prefetcher>(m, "Prefetcher", py::release_gil_before_calling_cpp_dtor())
-      .def(py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
-                       std::size_t slot_bytes, const py::object&, int depth,
-                       std::size_t ring_chunks, std::size_t ring_chunk_bytes, unsigned threads,
-                       int timeout_ms, const std::vector<DeviceAddress>& staging,
-                       std::size_t staging_bytes, bool unpacks_in_place) {
-             return std::make_unique<Prefetcher>(
-                 backend, slots, slot_bytes,
-                 PrefetchOptions{depth,
-                                 {ring_chunks,
-                                  ring_chunk_bytes,
-                                  threads,
-                                  Milliseconds(timeout_ms),
-                                  {staging, staging_bytes, unpacks_in_place}}});
-           }),
-           // Its destructor waits for copies into the slots: their owner must live until then,
-           // in whatever order a garbage collection takes things apart.
-           py::keep_alive<1, 5>(), py::arg("backend"), py::arg("slots"), py::arg("slot_bytes"),
-           py::arg("owner"), py::kw_only(), py::arg("depth"),
-           py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
-           py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
-           py::arg("timeout_ms") = 60'000, py::arg("staging") = std::vector<DeviceAddress>{},
-           py::arg("staging_bytes") = 0, py::arg("unpacks_in_place") = false)
+      .def(
+          py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
+                      std::size_t slot_bytes, const py::object&, int depth, std::size_t ring_chunks,
+                      std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms,
+                      const std::vector<DeviceAddress>& staging, std::size_t staging_bytes,
+                      bool unpacks_in_place, std::size_t least_stretch) {
+            return std::make_unique<Prefetcher>(
+                backend, slots, slot_bytes,
+                PrefetchOptions{depth,
+                                least_stretch,
+                                {ring_chunks,
+                                 ring_chunk_bytes,
+                                 threads,
+                                 Milliseconds(timeout_ms),
+                                 {staging, staging_bytes, unpacks_in_place}}});
+          }),
+          // Its destructor waits for copies into the slots: their owner must live until then,
+          // in whatever order a garbage collection takes things apart.
+          py::keep_alive<1, 5>(), py::arg("backend"), py::arg("slots"), py::arg("slot_bytes"),
+          py::arg("owner"), py::kw_only(), py::arg("depth"),
+          py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
+          py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
+          py::arg("timeout_ms") = 60'000, py::arg("staging") = std::vector<DeviceAddress>{},
+          py::arg("staging_bytes") = 0, py::arg("unpacks_in_place") = false,
+          py::arg("least_stretch") = PrefetchOptions{}.least_stretch)
       .def(
           "add_unit",
-          [](Prefetcher& self, ImagePtr image, DeviceAddress home, std::size_t home_bytes,
-             bool as_stored, bool filled) {
-            return self.add_unit(std::move(image), {home, home_bytes, as_stored, filled});
+          [](Prefetcher& self, ImagePtr image,
+             const std::vector<std::pair<DeviceAddress, std::size_t>>& home, bool as_stored,
+             bool filled) {
+            Home place{{}, as_stored, filled};
+            for (const auto& [address, bytes] : home) place.pieces.push_back({address, bytes});
+            return self.add_unit(std::move(image), place);
           },
-          py::arg("image"), py::kw_only(), py::arg("home") = 0, py::arg("home_bytes") = 0,
+          py::arg("image"), py::kw_only(),
+          py::arg("home") = std::vector<std::pair<DeviceAddress, std::size_t>>{},
           py::arg("as_stored") = false, py::arg("filled") = false, NoGil())
       .def("home_filled", &Prefetcher::home_filled, py::arg("unit"), NoGil())
       .def("set_order", &Prefetcher::set_order, py::arg("units"), NoGil())

@@ -13,7 +13,7 @@ Prefetcher::Prefetcher(const BackendPtr& backend, const std::vector<DeviceAddres
                        std::size_t slot_bytes, PrefetchOptions options)
     : backend_(backend),
       options_(options),
-      slots_(backend, slots, slot_bytes),
+      slots_(backend, slots, slot_bytes, options.least_stretch),
       engine_(backend, options.engine) {
   if (options.depth < 0) throw UsageError("prefetch must be 0 or more");
 }
@@ -38,21 +38,30 @@ void check_fits(std::size_t bytes, std::size_t room, const char* where) {
 
 // Refuses an image that its home, or the slots it passes through, can't hold.
 void Prefetcher::make_room_for(const Image& image, const Home& home) const {
-  if (!home && (home.bytes != 0 || home.as_stored || home.filled)) {
+  if (!home && (home.as_stored || home.filled)) {
     throw UsageError("a home begins at an address; none was given");
+  }
+  std::size_t room = 0;
+  for (const DeviceRange& piece : home.pieces) {
+    if (piece.address == 0) throw UsageError("a home begins at an address; none was given");
+    room += piece.bytes;
+  }
+  if (home.pieces.size() > 1 && (home.as_stored || image.packing() != nullptr)) {
+    throw UsageError("a packed unit has a home of one piece");
   }
   if (home.as_stored && image.packing() == nullptr) {
     throw UsageError("a unit whose packed bytes are to stay on the device is not packed");
   }
   if (home && !home.as_stored) {
-    check_fits(image.plain_bytes(), home.bytes, "a home");
-    return engine_.check_staging(image, home.address, 0);
+    check_fits(image.plain_bytes(), room, "a home");
+    return engine_.check_staging(image, home.pieces[0].address, 0);
   }
-  if (home) check_fits(image.bytes(), home.bytes, "a home");
+  if (home) check_fits(image.bytes(), room, "a home");
+  const DeviceAddress source = home ? home.pieces[0].address : 0;
   if (slots_.passing() == 0) throw UsageError("there must be a slot at least");
   check_fits(image.plain_bytes(), slots_.slot_bytes(), "slots");
   for (int i = 0; i < slots_.passing(); ++i) {
-    engine_.check_staging(image, slots_.destination(i), home.address);
+    engine_.check_staging(image, slots_.address(i), source);
   }
 }
 
@@ -145,8 +154,7 @@ int Prefetcher::coming(int places) const {
 
 // Whether bytes of the unit have to come over the link before it can be read.
 bool Prefetcher::needs_link(int unit) const {
-  const int home = slots_.home_of(unit);
-  return home == kNoSlot || slots_.unit_in(home) != unit;
+  return !slots_.stays(unit) || slots_.unit_in(slots_.home_of(unit)) != unit;
 }
 
 // How many places of the order, from the next on, are looked at: until `depth` units are found that
@@ -223,10 +231,13 @@ void Prefetcher::unpack_ahead(int unit, int ahead) {
 // needed sooner, or will be soon and would have to come over the link again.
 bool Prefetcher::may_take(int slot, int unit, int ahead) {
   if (slot == kNoSlot || !engine_.settled(slots_[slot].transfer)) return false;
-  const int held = slots_[slot].unit;
-  if (held == kNoUnit) return true;
-  const int away = distance(held);
-  return away > distance(unit) && !(needs_link(held) && away < ahead);
+  return std::ranges::all_of(slots_.holders(slot), [&](int holder) {
+    if (slots_[holder].users != 0 || !engine_.settled(slots_[holder].transfer)) return false;
+    const int held = slots_[holder].unit;
+    if (held == kNoUnit) return true;
+    const int away = distance(held);
+    return away > distance(unit) && !(needs_link(held) && away < ahead);
+  });
 }
 
 // Whether the unit can be unpacked from its home without waiting for the ring. Starts to bring its
@@ -265,8 +276,7 @@ void Prefetcher::unpack_from_home(int unit, int slot) {
   note(Happened::kFetch, unit, slot);
   slots_.begin_read(home, engine_.home_stream());
   try {
-    slots_.fill(slot, unit, images_[static_cast<std::size_t>(unit)], engine_,
-                slots_[home].transfer.destination);
+    slots_.fill(slot, unit, images_[static_cast<std::size_t>(unit)], engine_, slots_.address(home));
   } catch (...) {
     slots_.end_read(home, engine_.home_stream());
     throw;
@@ -295,7 +305,15 @@ int Prefetcher::slot_with(int unit) {
     throw UsageError("all " + std::to_string(slot_count()) + " slots are in use: unit " +
                      std::to_string(unit) + " was acquired while others were not released");
   }
-  // The slot may still be filled with another unit that was then skipped.
+  // There, another unit may still be on its way that was then skipped.
+  for (const int holder : slots_.holders(slot)) {
+    if (slots_[holder].users != 0) {
+      throw UsageError("unit " + std::to_string(unit) + " was acquired while unit " +
+                       std::to_string(slots_[holder].unit) +
+                       ", which has a part of its memory, was not released");
+    }
+    wait_until_over(slots_[holder].transfer);
+  }
   wait_until_over(slots_[slot].transfer);
   ++stats_.cold;
   fetch(unit, slot);
@@ -411,7 +429,7 @@ void Prefetcher::replace_unit(int unit, ImagePtr image) {
 Home Prefetcher::home_of(int unit) const {
   const int home = slots_.home_of(unit);
   if (home == kNoSlot) return {};
-  return {slots_.destination(home), slots_.bytes(home), slots_.keeps_packed(unit)};
+  return {slots_.pieces(home), slots_.keeps_packed(unit)};
 }
 
 bool Prefetcher::home_filled(int unit) const {

@@ -19,6 +19,7 @@ namespace wanoffload {
 
 struct PrefetchOptions {
   int depth = 2;  // units fetched ahead of the one in use; 0: each when it is needed
+  std::size_t least_stretch = std::size_t{1} << 20;  // as DeviceSlots has it
   EngineOptions engine;
 };
 
@@ -44,7 +45,8 @@ struct Acquired {
 // The units behind the one acquired, `depth` of those that need the link, are submitted when the
 // host has released their slots, while the device may still read those: the ring fills meanwhile
 // (see CopyEngine). Of those that are unpacked from their homes, the next alone is.
-// A unit with a home comes over the link once, and stays there until its host's bytes change. It is
+// A unit with a home comes over the link once, and stays there until its host's bytes change, or a
+// unit is brought to a home that shares its memory. It is
 // read there; if its packed bytes stay there it is unpacked into a slot for each use, which counts
 // as a fetch of no bytes.
 //

@@ -16,13 +16,13 @@ void Uploader::start(ImagePtr image, DeviceAddress destination,
   auto upload = std::make_unique<Upload>(backend_);
   Transfer& transfer = upload->transfer;
   transfer.image = std::move(image);
-  transfer.destination = destination;
   transfer.ready = upload->ready.handle();
   transfer.generation = 1;
   if (behind) {
     backend_->record(upload->before.handle(), *behind);
     transfer.wait_for.push_back(upload->before.handle());
   }
+  transfer.go_to(destination, transfer.bytes_there());
   try {
     engine_.submit(transfer);
   } catch (...) {

@@ -117,8 +117,7 @@ class Rig:
             else:
                 self.engine.add_unit(
                     unit.image,
-                    home=home.address,
-                    home_bytes=home.nbytes,
+                    home=[(home.address, home.nbytes)],
                     as_stored=stays == KEPT,
                     filled=full,
                 )
@@ -470,23 +469,23 @@ def test_what_does_not_fit_its_home_is_refused_and_the_error_has_the_numbers() -
     staging = {"staging": [256, 512], "staging_bytes": packed.largest_chunk}
 
     with pytest.raises(UsageError, match="a unit of 4096 bytes in a home of 4095"):
-        engine([], 0).add_unit(plain, home=256, home_bytes=4095)
+        engine([], 0).add_unit(plain, home=[(256, 4095)])
     with pytest.raises(UsageError, match=f"a unit of {CHUNK} bytes in a home of {CHUNK - 1}"):
-        engine([], 0, **staging).add_unit(packed, home=256, home_bytes=CHUNK - 1)
+        engine([], 0, **staging).add_unit(packed, home=[(256, CHUNK - 1)])
     with pytest.raises(UsageError, match=f"a unit of {size} bytes in a home of {size - 1}"):
         engine([256], CHUNK, **staging).add_unit(
-            packed, home=256, home_bytes=size - 1, as_stored=True
+            packed, home=[(256, size - 1)], as_stored=True
         )
     with pytest.raises(UsageError, match=f"a unit of {CHUNK} bytes in slots of {CHUNK - 1}"):
         engine([256], CHUNK - 1, **staging).add_unit(
-            packed, home=256, home_bytes=size, as_stored=True
+            packed, home=[(256, size)], as_stored=True
         )
     with pytest.raises(UsageError, match="there must be a slot"):
-        engine([], 0, **staging).add_unit(packed, home=256, home_bytes=size, as_stored=True)
+        engine([], 0, **staging).add_unit(packed, home=[(256, size)], as_stored=True)
     with pytest.raises(UsageError, match="there must be a slot"):
         engine([], 0).add_unit(plain)
     with pytest.raises(UsageError, match="is not packed"):
-        engine([256], 4096).add_unit(plain, home=256, home_bytes=4096, as_stored=True)
+        engine([256], 4096).add_unit(plain, home=[(256, 4096)], as_stored=True)
 
 
 def test_a_packed_unit_s_home_is_aligned_and_has_what_unpacks_it() -> None:
@@ -495,12 +494,12 @@ def test_a_packed_unit_s_home_is_aligned_and_has_what_unpacks_it() -> None:
     size = packed.nbytes
     in_place = {"unpacks_in_place": True}
     with pytest.raises(UsageError, match="place of a packed image begins at 8"):
-        engine([8], CHUNK, **in_place).add_unit(packed, home=256, home_bytes=size, as_stored=True)
+        engine([8], CHUNK, **in_place).add_unit(packed, home=[(256, size)], as_stored=True)
     with pytest.raises(UsageError, match="place of packed bytes begins at 264"):
-        engine([256], CHUNK, **in_place).add_unit(packed, home=264, home_bytes=size, as_stored=True)
+        engine([256], CHUNK, **in_place).add_unit(packed, home=[(264, size)], as_stored=True)
     with pytest.raises(UsageError, match="needs staging memory"):
-        engine([256], CHUNK).add_unit(packed, home=256, home_bytes=size, as_stored=True)
-    for home in ({}, {"home": 256, "home_bytes": CHUNK}):
+        engine([256], CHUNK).add_unit(packed, home=[(256, size)], as_stored=True)
+    for home in ({}, {"home": [(256, CHUNK)]}):
         with pytest.raises(UsageError, match=rf"chunk of {packed.largest_chunk} .* slots have 0"):
             engine([256], CHUNK, **in_place).add_unit(packed, **home)
     with pytest.raises(UsageError, match="two slots at least"):
@@ -566,7 +565,7 @@ def test_taking_over_a_home_costs_an_event_that_is_recorded() -> None:
         home = Place("cpu", 4096)
         home.bytes.copy_(unit.plain)
         calls = backend.calls
-        rig.engine.add_unit(unit.image, home=home.address, home_bytes=4096, filled=filled)
+        rig.engine.add_unit(unit.image, home=[(home.address, 4096)], filled=filled)
         costs.append(backend.calls - calls)
         _, generation = rig.engine.acquire(1, 0)
         rig.engine.release(1, 0, generation)
@@ -583,10 +582,10 @@ def test_a_unit_that_could_not_be_added_is_not_there_and_can_be_added_again() ->
     for nth in (1, 2):
         backend.fail_at(nth)
         with pytest.raises(OffloadError, match="told to fail"):
-            rig.engine.add_unit(unit.image, home=home.address, home_bytes=4096, filled=True)
+            rig.engine.add_unit(unit.image, home=[(home.address, 4096)], filled=True)
         assert rig.engine.unit_count == 1
         assert rig.engine.order() == [0]
-    assert rig.engine.add_unit(unit.image, home=home.address, home_bytes=4096, filled=True) == 1
+    assert rig.engine.add_unit(unit.image, home=[(home.address, 4096)], filled=True) == 1
     slot, generation = rig.engine.acquire(1, 0)
     assert slot == 1
     rig.engine.release(1, 0, generation)
@@ -796,7 +795,7 @@ def test_an_abandoned_forward_gives_homes_back() -> None:
     assert rig.counts()[0] == 4
 
 
-@pytest.mark.parametrize("home", [{"home_bytes": 1}, {"as_stored": True}, {"filled": True}])
+@pytest.mark.parametrize("home", [{"as_stored": True}, {"filled": True}])
 def test_a_home_without_an_address_is_refused(home: dict[str, Any]) -> None:
     rig = Rig(host_units(PASSES, 1), [PASSES], slots=1)
     with pytest.raises(UsageError, match="address"):

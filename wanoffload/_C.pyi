@@ -301,17 +301,19 @@ class Prefetcher:
         staging: Sequence[int] = ...,
         staging_bytes: int = ...,
         unpacks_in_place: bool = ...,
+        least_stretch: int = ...,
     ) -> None: ...
     def add_unit(
         self,
         image: Image,
         *,
-        home: int = ...,
-        home_bytes: int = ...,
+        home: Sequence[tuple[int, int]] = ...,
         as_stored: bool = ...,
         filled: bool = ...,
     ) -> int:
-        """`home`: the address of device memory where the unit's bytes stay once they have come.
+        """`home`: device memory where the unit's bytes stay once they have come, as (address,
+        bytes) of pieces that follow each other in its image. Homes may share memory, as in a ring:
+        who comes there ends what others have there.
 
         The unit is read there: `acquire` gives the slot `slot_count` + how many homes came before.
         `as_stored`: packed bytes stay there, and are unpacked into a slot for each use. `filled`:

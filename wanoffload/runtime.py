@@ -277,8 +277,7 @@ class Offloader(hooks.Attached):
             return
         self._prefetcher.add_unit(
             binding.image,
-            home=home.place.addresses()[0],
-            home_bytes=home.place.slot_bytes,
+            home=[(home.place.addresses()[0], home.place.slot_bytes)],
             as_stored=home.wanted.as_stored,
             filled=home.filled,
         )

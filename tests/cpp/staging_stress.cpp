@@ -46,7 +46,7 @@ class Place {
  public:
   Place(const std::shared_ptr<HostBackend>& backend, std::size_t bytes)
       : backend_(backend), memory_(bytes), ready_(backend), free_(backend) {
-    transfer_.destination = reinterpret_cast<DeviceAddress>(memory_.data());
+    transfer_.go_to(reinterpret_cast<DeviceAddress>(memory_.data()), bytes);
     transfer_.ready = ready_.handle();
   }
 
@@ -84,6 +84,7 @@ class Place {
                              reading.seen.size(), stream);
     backend_->record(free_.handle(), stream);
     transfer_.wait_for = {free_.handle()};
+    transfer_.go_to(reinterpret_cast<DeviceAddress>(memory_.data()), memory_.size());
   }
   void verify() const {
     check(!transfer_.spoilt(), "no chunk is spoilt");
@@ -229,6 +230,7 @@ void what_can_not_be_staged_is_refused() {
       std::make_shared<PackedImage>(scattered_image(random, std::move(content.packed), 0).image);
   Transfer transfer;
   transfer.image = image;
+  transfer.go_to(address, image->plain_bytes());
   EngineOptions options;
   CopyEngine without(backend, options);
   check_throws<UsageError>([&] { without.submit(transfer); }, "no staging memory");
@@ -236,7 +238,7 @@ void what_can_not_be_staged_is_refused() {
   CopyEngine small(backend, options);
   check_throws<UsageError>([&] { small.submit(transfer); }, "staging memory that is too small");
   options.staging.slot_bytes = image->packing()->largest_chunk;
-  transfer.destination = address + 8;
+  transfer.go_to(address + 8, image->plain_bytes());
   CopyEngine enough(backend, options);
   check_throws<UsageError>([&] { enough.submit(transfer); }, "a place at 8");
 }

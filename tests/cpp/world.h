@@ -373,7 +373,8 @@ class World {
     UnitHome& home = homes_[index(unit)];
     Home given;
     if (has_home(unit)) {
-      given = {reinterpret_cast<DeviceAddress>(home.memory.data()), home.bytes, home.kept,
+      given = {{{reinterpret_cast<DeviceAddress>(home.memory.data()), home.bytes}},
+               home.kept,
                home.filled};
     }
     check_equal(prefetcher_->add_unit(image(unit), given), unit, "the number of a unit");
