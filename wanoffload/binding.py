@@ -388,6 +388,9 @@ class Binding(hooks.Attached):
 
     # A forward of the block.
 
+    def compiling(self) -> None:
+        """It is fetched in front of the compiled call from here on: nothing is to be done."""
+
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Brings the weights to the device (the stream waits, not the host), points at them."""
         offloader = self.offloader
@@ -455,12 +458,11 @@ class Binding(hooks.Attached):
         return self._held is not None
 
     def _make_views(self, slot: int) -> list[nn.Parameter]:
-        memory, start = self.offloader.place(self.index, slot)
+        place = self.offloader.place(self.index, slot)
         # Ordinary tensors, whatever mode the forward that needs them first is in.
         with ordinary_tensors():
             views = [
-                nn.Parameter(image.device_view(spec, memory, start), requires_grad=False)
-                for spec in self.layout.specs
+                nn.Parameter(place.view(spec), requires_grad=False) for spec in self.layout.specs
             ]
         self._views[slot] = views
         return views

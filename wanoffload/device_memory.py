@@ -1,17 +1,18 @@
-"""What the engine has of the device: slots, through which units pass, and homes, where some stay.
+"""What the engine has of the device: slots, or a ring, through which units pass, and homes, where
+some stay.
 
 All of it is torch's, so that `torch.cuda.memory_*` tells the truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wanoffload import image
+from wanoffload import image, ring
 from wanoffload.residency import allocated
 
 SMALL_BYTES = 1 << 20
@@ -22,6 +23,32 @@ SMALL_STEP = 512
 def as_allocated(nbytes: int) -> int:
     """What torch's allocator takes for a tensor of any size."""
     return -(-nbytes // SMALL_STEP) * SMALL_STEP if nbytes < SMALL_BYTES else allocated(nbytes)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a unit's image stands on the device: `pieces` are (where in the image, where in
+    `memory`, bytes), in order."""
+
+    memory: Tensor
+    pieces: tuple[tuple[int, int, int], ...]
+
+    def view(self, spec: image.TensorSpec) -> Tensor:
+        """One of the image's tensors. No copy."""
+        for offset, start, nbytes in self.pieces:
+            if offset <= spec.offset and spec.offset + spec.nbytes <= offset + nbytes:
+                return image.device_view(spec, self.memory, start - offset)
+        raise AssertionError(f"{spec.name} does not stand in one piece")
+
+    def window(self, nbytes: int) -> Tensor:
+        """The first bytes of the image. A copy, if they stand in more than one piece."""
+        parts = [self.memory[start : start + size] for _, start, size in self.pieces]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole[:nbytes]
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(address, bytes) of the pieces."""
+        return [(self.memory.data_ptr() + start, nbytes) for _, start, nbytes in self.pieces]
 
 
 class SlotMemory:
@@ -50,6 +77,15 @@ class SlotMemory:
     def start(self, slot: int) -> int:
         """Where a slot begins in `memory`."""
         return self.lead + slot * self.slot_bytes
+
+    def place(self, slot: int) -> Place:
+        """A whole slot."""
+        return Place(self.memory, ((0, self.start(slot), self.slot_bytes),))
+
+    def places(self, pieces: Iterable[ring.Piece]) -> Place:
+        """Pieces of the first slot, which is a ring."""
+        lead = self.start(0)
+        return Place(self.memory, tuple((p.offset, lead + p.start, p.nbytes) for p in pieces))
 
     def addresses(self) -> list[int]:
         return [self.memory.data_ptr() + self.start(slot) for slot in range(self.count)]

@@ -45,6 +45,7 @@ class BlockBinding(Protocol):
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
     def own(self, output: Any) -> Any: ...
     def exit(self) -> None: ...
+    def compiling(self) -> None: ...
     def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]: ...
 
 
@@ -71,6 +72,17 @@ def install_on_block(block: nn.Module, binding: BlockBinding) -> None:
         _hook_compiled_call(block)
     else:
         hook_forward(block, _block_forward)
+
+
+def install_on_whole(block: nn.Module, binding: BlockBinding) -> None:
+    """Puts the binding in the way of a block whose parts have bindings of their own: where it is
+    compiled, of its compiled call."""
+    block.__dict__[ATTRIBUTE] = binding
+    block.__dict__["_apply"] = functools.partial(_apply, block)
+    block.__dict__["compile"] = functools.partial(_compile, block)
+    if block._compiled_call_impl is not None:
+        binding.compiling()
+        _hook_compiled_call(block)
 
 
 def install_on_model(model: nn.Module, binding: ModelBinding) -> None:
@@ -242,8 +254,10 @@ def _compiled_call(block: nn.Module, compiled: Any, /, *args: Any, **kwargs: Any
 @ours
 def _compile(block: nn.Module, /, *args: Any, **kwargs: Any) -> None:
     """Takes the place of `block.compile`: the fetch moves from inside the call to around it."""
-    if attached(block) is None:
+    binding: BlockBinding | None = attached(block)
+    if binding is None:
         return type(block).compile(block, *args, **kwargs)
+    binding.compiling()
     unhook_forward(block)
     type(block).compile(block, *args, **kwargs)
     _hook_compiled_call(block)

@@ -9,14 +9,15 @@ the budget, it only rules some out: so a larger budget never gives a slower plan
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, count
 from math import inf, prod
 from typing import NamedTuple
 
 from wanoffload.errors import WrapError
 from wanoffload.policy.packed import CHUNK_BYTES, STAGING_SLOTS
+from wanoffload.ring import Place
 from wanoffload.sizes import gb
 
 ROUND_BYTES = 2 << 20
@@ -83,6 +84,8 @@ class Residency:
         decoded_bytes: plain bytes unpacked in each forward.
         seconds: of a forward, predicted; None without rates.
         sentence: the above for the log.
+        ring_bytes: of the ring that parts of blocks pass through; 0 where blocks stream.
+        places: where each part that streams stands in it.
     """
 
     resident: frozenset[int]
@@ -96,6 +99,8 @@ class Residency:
     decoded_bytes: int
     seconds: float | None
     sentence: str
+    ring_bytes: int = 0
+    places: Mapping[int, Place] = field(default_factory=dict)
 
 
 def choose(
@@ -387,8 +392,8 @@ def _spread(units: Sequence[UnitBytes], size: _Size, turn: int = 0) -> str:
     for number, members in enumerate(_equal(units)):
         row = [letters[unit] for unit in members]
         shift = (number + turn * (number + 1)) * _SPREAD % 1
-        held = _evenly(len(row) - row.count("s"), len(row), shift)
-        packed = [held[at] for at in _evenly(row.count("k"), len(held), turn * _SPREAD % 1)]
+        held = evenly(len(row) - row.count("s"), len(row), shift)
+        packed = [held[at] for at in evenly(row.count("k"), len(held), turn * _SPREAD % 1)]
         for place, unit in enumerate(members):
             letters[unit] = "k" if place in packed else "r" if place in held else "s"
     return "".join(letters)
@@ -497,7 +502,7 @@ def _largest(values: Iterable[int]) -> list[int]:
     return list(accumulate(values, max, initial=0))
 
 
-def _evenly(some: int, total: int, shift: float = 0) -> list[int]:
+def evenly(some: int, total: int, shift: float = 0) -> list[int]:
     """`some` of the numbers below `total`, evenly between the others."""
     return [int((step + shift) * total / some) for step in range(some)]
 

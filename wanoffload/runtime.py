@@ -27,13 +27,15 @@ from wanoffload._C import (
 from wanoffload.activations import Activations, TorchMemory
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget
-from wanoffload.device_memory import Homes, SlotMemory, Wanted, no_memory
+from wanoffload.device_memory import Homes, Place, SlotMemory, Wanted, no_memory
 from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.recently_read import RecentlyRead
 from wanoffload.residency import Residency, UnitBytes, allocated, choose
+from wanoffload.ring_plan import choose_parts, parts_of
 from wanoffload.step_time import StepTime
+from wanoffload.together import Together
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ class Stats:
     host memory; `disk_bytes`: of those in files; `plain_bytes`: of all, as they would be if none
     was packed; `unpacked_bytes`: of host memory that packed weights take besides, because they
     were read; `locked_bytes`: page-locked, images and ring;
-    `slot_bytes`: on the device, all slots; `ring_bytes`: of the pinned ring, 0 where every image is
+    `slot_bytes`: on the device, all slots, or the ring that parts of blocks pass through;
+    `ring_bytes`: of the pinned ring, 0 where every image is
     page-locked; `staging_bytes`: on the device, where packed chunks are unpacked from, 0 where
     nothing is packed. `slots`, `slot_bytes`, `ring_bytes` and `staging_bytes` are 0 while the
     offloader is paused. `packed_units`: blocks whose images are packed; bytes of them are packed
@@ -133,16 +136,21 @@ class Offloader(hooks.Attached):
         verify: bool,
         budget: Budget = Budget(),  # noqa: B008 (it is frozen)
         others: int = 0,
+        granularity: str = units.BLOCK,
+        compiled: bool = False,
     ) -> None:
         self.device = device
+        self.granularity = granularity
         self.verify = verify
         self.host_plan = host_plan
         self.pack = 0.0
         self.slots = slots
         self.staging = no_memory()
+        self.ring = no_memory()
         self.homes = Homes(device)
         self.residency: Residency  # chosen by connect()
         self.bindings: list[Binding] = []
+        self.together: list[Together] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
         self.moving_all = False
         self.before_forward: Callable[[], None] | None = None
@@ -152,6 +160,7 @@ class Offloader(hooks.Attached):
         self._written: dict[int, Binding] = {}  # not packed again yet, the latest last
         self._prefetch = prefetch
         self._budget = budget
+        self._compiled = compiled  # some block is: its parts are used all at once
         self._others = others  # bytes on the device of what is not in blocks
         self._activations = self._watch(budget)
         self._planned_for = 0  # bytes: the ceiling that the residency was chosen for
@@ -191,6 +200,8 @@ class Offloader(hooks.Attached):
         """What stays on the device, by what the blocks take now. Raises WrapError if the budget is
         too small."""
         chunk = max((_largest_chunk(binding.image) for binding in self.bindings), default=0)
+        if self.granularity == units.PART:
+            return self._choose_parts(budget, chunk, self._compiled)
         found = choose(
             self._sizes(),
             budget.nbytes,
@@ -203,6 +214,23 @@ class Offloader(hooks.Attached):
         stays = found.resident | found.kept_packed
         over_link = (b.image.nbytes for n, b in enumerate(self.bindings) if n not in stays)
         return replace(found, streamed_bytes=sum(over_link))
+
+    def _choose_parts(self, budget: Budget, chunk: int, compiled: bool) -> Residency:
+        takes = [
+            UnitBytes(binding.layout.nbytes, binding.image.nbytes, binding.packed)
+            for binding in self.bindings
+        ]
+        layouts = [binding.layout for binding in self.bindings]
+        parts = parts_of([binding.unit for binding in self.bindings], layouts, takes)
+        return choose_parts(
+            parts,
+            budget.nbytes,
+            others=self._others,
+            prefetch=self._prefetch,
+            order=self._order,
+            together=compiled,
+            largest_chunk=chunk,
+        )
 
     def _sizes(self) -> list[UnitBytes]:
         """What the blocks take. Packed ones of equal plain size differ by a little: all count as
@@ -233,9 +261,15 @@ class Offloader(hooks.Attached):
             if (self.slots.count, self.slots.slot_bytes) != (residency.slots, residency.slot_bytes):
                 self.slots = no_memory()
                 self.slots = SlotMemory(residency.slots, residency.slot_bytes, self.device)
+            self._make_ring(residency.ring_bytes)
             self.staging = self._make_staging(residency)
             self.homes.make(wanted)
         logger.debug("%s", residency.sentence)
+
+    def _make_ring(self, nbytes: int) -> None:
+        if self.ring.slot_bytes != nbytes:
+            self.ring = no_memory()
+            self.ring = SlotMemory(1, nbytes, self.device) if nbytes else no_memory()
 
     def _wanted(self, residency: Residency) -> dict[int, Wanted]:
         """The homes of a residency."""
@@ -247,7 +281,7 @@ class Offloader(hooks.Attached):
         """An engine over the memory that was taken."""
         homes = [home.place.memory for home in self.homes.units.values()]
         # The engine keeps this list alive, and so the memory until it has closed.
-        self._slot_owner = [self.slots.memory, self.staging.memory, *homes]
+        self._slot_owner = [self.slots.memory, self.ring.memory, self.staging.memory, *homes]
         self._prefetcher = Prefetcher(
             self._backend,
             self.slots.addresses(),
@@ -267,21 +301,26 @@ class Offloader(hooks.Attached):
         self._prefetcher.set_order(self._order)
 
     def _depth(self) -> int:
-        if self.residency.slots == 0:
+        if self.residency.slots == 0 and not self.residency.places:
             return FIRST_FILL_DEPTH
         return min(self.residency.depth, len(self.bindings))
 
     def _add_unit(self, number: int, binding: Binding) -> None:
-        if (home := self.homes.get(number)) is None:
+        if (home := self.homes.get(number)) is not None:
+            self._prefetcher.add_unit(
+                binding.image,
+                home=home.place.place(0).ranges(),
+                as_stored=home.wanted.as_stored,
+                filled=home.filled,
+            )
+            home.stale = False
+        elif number in self.residency.places:
+            self._prefetcher.add_unit(binding.image, home=self._place_in_ring(number).ranges())
+        else:
             self._prefetcher.add_unit(binding.image)
-            return
-        self._prefetcher.add_unit(
-            binding.image,
-            home=[(home.place.addresses()[0], home.place.slot_bytes)],
-            as_stored=home.wanted.as_stored,
-            filled=home.filled,
-        )
-        home.stale = False
+
+    def _place_in_ring(self, number: int) -> Place:
+        return self.ring.places(self.residency.places[number])
 
     def _make_staging(self, residency: Residency) -> SlotMemory:
         """For the largest chunk of what comes packed over the link: always, or to its home."""
@@ -341,6 +380,8 @@ class Offloader(hooks.Attached):
         """Whether the engine's memory, as it is, is enough for another image of a block."""
         if index in self.residency.kept_packed:  # its home has the size of its packed bytes
             return False
+        if isinstance(new, PackedImage) and len(self.residency.places.get(index, ())) > 1:
+            return False  # packed bytes are unpacked to one run of addresses
         return _largest_chunk(new) <= self.staging.slot_bytes
 
     def invalidate(self, index: int) -> None:
@@ -349,16 +390,31 @@ class Offloader(hooks.Attached):
         else:
             self._prefetcher.invalidate(index)
 
-    def place(self, index: int, slot: int) -> tuple[Tensor, int]:
-        """(memory, where in it) of the slot or home that `acquire` gave for a block."""
+    def place(self, index: int, slot: int) -> Place:
+        """Where a block stands that `acquire` gave this slot for."""
         if slot < self.slots.count:
-            return self.slots.memory, self.slots.start(slot)
-        home = self.homes[index].place
-        return home.memory, home.start(0)
+            return self.slots.place(slot)
+        if (home := self.homes.get(index)) is not None:
+            return home.place.place(0)
+        return self._place_in_ring(index)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is a view of the weights on the device."""
-        return self.slots.holds(tensor) or self.homes.holds(tensor)
+        return self.slots.holds(tensor) or self.ring.holds(tensor) or self.homes.holds(tensor)
+
+    # Parts of compiled blocks.
+
+    def use_together(self) -> None:
+        """From here on all parts of a block are used at once: one is being compiled. The next
+        forward has room for that. Raises WrapError, and nothing has changed, if the budget is too
+        small; ConcurrentForwardError during a forward."""
+        if self._compiled or self._closed:
+            return
+        if not self._budget.auto:
+            chunk = max(_largest_chunk(binding.image) for binding in self.bindings)
+            self._choose_parts(self._budget, chunk, compiled=True)
+        self.pause(keep_residents=True)
+        self._compiled = True
 
     # Packed units, between forwards.
 
@@ -519,6 +575,8 @@ class Offloader(hooks.Attached):
         if sorted(self._sequence) == sorted(self._order):
             logger.debug("blocks are called in the order %s", self._sequence)
             self._order = list(self._sequence)
+            if self.residency.places:  # these follow the order
+                return self._pause(keep_homes=True)
             self._prefetcher.set_order(self._order)
             self._prefetcher.prefetch()
 
@@ -622,7 +680,7 @@ class Offloader(hooks.Attached):
         for binding in self.bindings:
             binding.forget_views()
         self._slot_owner.clear()
-        self.slots = self.staging = no_memory()
+        self.slots = self.ring = self.staging = no_memory()
         if not keep_homes:
             self.homes.keep_only({})
 
@@ -726,7 +784,7 @@ class Offloader(hooks.Attached):
             plain_bytes=sum(binding.layout.nbytes for binding in self.bindings),
             unpacked_bytes=self.recently_read.nbytes,
             locked_bytes=in_tier[PINNED] + ring,
-            slot_bytes=self.slots.nbytes,
+            slot_bytes=self.slots.nbytes + self.ring.nbytes,
             ring_bytes=ring,
             predicted_step_seconds=self._step_time.predicted,
             measured_step_seconds=self._step_time.measured(),
@@ -741,8 +799,8 @@ class Offloader(hooks.Attached):
     @property
     def device_bytes(self) -> int:
         """Of all weights on the device, now, as the allocator counts them."""
-        passing = allocated(self.slots.nbytes) + allocated(self.staging.nbytes)
-        return self._others + passing + self.homes.nbytes
+        passing = (self.slots, self.ring, self.staging)
+        return self._others + self.homes.nbytes + sum(allocated(each.nbytes) for each in passing)
 
     def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:
         """What a denoising step should take; the second step from here on is measured."""
@@ -774,8 +832,7 @@ class Offloader(hooks.Attached):
 
     def slot_fingerprint(self, index: int, slot: int, nbytes: int) -> int:
         """The fingerprint of a block's bytes in its slot or home. Waits for the device."""
-        memory, start = self.place(index, slot)
-        window = memory[start : start + nbytes]
+        window = self.place(index, slot).window(nbytes)
         if self.device.type != "cuda":
             return fingerprint(window.data_ptr(), nbytes)
         from wanoffload.kernels.fingerprint import fingerprint as device_fingerprint

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import HostTensor
 
+BLOCK, PART, AUTO = "block", "part", "auto"
+"""Granularities: what a unit is. AUTO: parts where the budget is too small for blocks."""
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -31,31 +33,47 @@ class Entry:
 
 @dataclass(frozen=True)
 class Unit:
-    """A block and its streamed parameters. `groups`: entries of one tensor (ties) together."""
+    """A block, or a part of one, and its streamed parameters.
+
+    `groups`: entries of one tensor (ties) together. `block`: the block that it is a part of; the
+    same as `module` where it is a whole one.
+    """
 
     name: str
     module: nn.Module
     groups: tuple[tuple[Entry, ...], ...]
+    block: nn.Module
 
 
-def find_units(model: nn.Module) -> list[Unit]:
-    """The model's blocks in the order in which its forward is expected to call them.
+LEAST_PART = 1 / 50
+"""Of a block: what is smaller is no part of its own, it stays on the device."""
+MOST_REST = 1 / 10
+"""Of a block: if more would stay on the device besides its parts, it is not taken apart."""
+
+
+def find_units(model: nn.Module, granularity: str = BLOCK) -> list[Unit]:
+    """The model's blocks, or their parts, in the order in which they are expected to be called.
 
     Blocks are the items of the ModuleLists that are direct children of the model. The order is the
     class's own where it is declared below, else that of the lists; the runtime corrects it after
     the first forward. A parameter that appears in more than one block, or also outside the blocks,
     is left out of all: it stays on the device.
+
+    A part is a module of a block that is called by itself: `attn1`, `attn2`, `ffn`. What a block
+    has besides is small and stays on the device; a block of which much would is one part.
     """
-    blocks = list(_ordered_blocks(model))
-    homes = _homes_of_parameters(model, blocks)
+    blocks = [(name, block, block) for name, block in _ordered_blocks(model)]
+    if granularity == PART:
+        blocks = [(n, part, block) for name, block, _ in blocks for n, part in _parts(name, block)]
+    homes = _homes_of_parameters(model, [(name, module) for name, module, _ in blocks])
     units = []
-    for name, module in blocks:
+    for name, module, block in blocks:
         groups: dict[object, list[Entry]] = {}
         for entry in entries_of(module):
             if homes[tie_key(entry.tensor)] == {name}:
                 groups.setdefault(tie_key(entry.tensor), []).append(entry)
         if groups:
-            units.append(Unit(name, module, tuple(tuple(group) for group in groups.values())))
+            units.append(Unit(name, module, tuple(map(tuple, groups.values())), block))
     if not units:
         raise WrapError(
             f"{type(model).__name__} has no block to stream: no ModuleList among its direct "
@@ -79,6 +97,27 @@ def tie_key(tensor: Tensor) -> object:
     bits = (tensor.is_conj(), tensor.is_neg())
     address = tensor.address if isinstance(tensor, HostTensor) else tensor.data_ptr()
     return (tensor.device, address, tensor.dtype, tensor.shape, tensor.stride(), bits)
+
+
+def _parts(name: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts of a block; the block, if it has none."""
+    whole = _nbytes(block)
+    parts = [(n, m) for n, m in _called(name, block) if _nbytes(m) >= whole * LEAST_PART]
+    rest = whole - sum(_nbytes(part) for _, part in parts)
+    return parts if len(parts) > 1 and rest <= whole * MOST_REST else [(name, block)]
+
+
+def _called(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below that are called: lists and dictionaries of modules are not."""
+    for key, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _called(f"{name}.{key}", child)
+        else:
+            yield f"{name}.{key}", child
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum({tie_key(e.tensor): e.tensor.nbytes for e in entries_of(module)}.values())
 
 
 def _homes_of_parameters(

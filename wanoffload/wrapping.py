@@ -26,10 +26,13 @@ from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.pack_choice import AUTO_PACK, Pack, Packable, check_pack, choose
 from wanoffload.packing import estimated_bytes, packs, stored_image
 from wanoffload.placing import Placing
+from wanoffload.ring_plan import choose_parts, parts_of
 from wanoffload.runtime import Offloader, backend_for
 from wanoffload.shared_arena import SharedArena, check_name
 from wanoffload.sharing import joined
-from wanoffload.units import Unit, check_wrappable, find_units, tie_key
+from wanoffload.together import wholes
+from wanoffload.units import AUTO as AUTO_GRANULARITY
+from wanoffload.units import BLOCK, PART, Unit, check_wrappable, find_units, tie_key
 from wanoffload.weights import OwnTensors, Weights
 
 logger = logging.getLogger(__name__)
@@ -41,10 +44,11 @@ NOT_LOCKED = 0.1
 
 def wrap(
     transformer: nn.Module,
-    prefetch: int | None = 2,
+    prefetch: int | None = None,
     *,
     device: torch.device | str | int | None = None,
     vram_budget: int | str | float | None = None,
+    granularity: str = BLOCK,
     host: str = AUTO,
     host_budget: int | str | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -68,7 +72,8 @@ def wrap(
         prefetch: blocks fetched ahead of the one that computes; the device holds `prefetch + 1`
             slots of the largest block's size (never more than there are blocks). 0 fetches each
             block when it is needed. 1 is enough to hide copies behind compute; 2 evens out blocks
-            of different length. None: as is best within `vram_budget`; 2 without one.
+            of different length. None: as is best within `vram_budget`; 2 without one. With parts
+            it counts parts, and None is 1.
         device: where it computes. Default: the current CUDA device, else the CPU, where the same
             engine runs on threads.
         vram_budget: what the weights may take on the device, all together, slots included: bytes,
@@ -78,6 +83,12 @@ def wrap(
             from forward to forward. A hard ceiling: what activations take
             comes on top. None: no block stays. See `offloader(transformer).residency` for what was
             chosen, and `.set_budget()` to change it.
+        granularity: what is fetched at once. "block": a whole block. "part": the modules that a
+            block calls, such as `attn1`, `attn2` and `ffn`, which pass through a ring of bytes and
+            are cut into pieces there: blocks of 0.70 GB through 0.60 GB, where two slots take 1.41,
+            at the same speed. Blocks that are compiled need all their parts at once, and twice
+            that. Nothing is kept packed on the device. "auto": parts, if `vram_budget` is too small
+            to fetch one block while another computes.
         host: where the weights stand on the host. "pinned": page-locked memory, one copy at the
             link's rate. "pageable": ordinary memory, copied through a page-locked ring of 128 MiB.
             "disk": in a file, read for each use through a ring of 1 GiB at most. "auto": pinned, as
@@ -120,6 +131,7 @@ def wrap(
         prefetch,
         device=device,
         vram_budget=vram_budget,
+        granularity=granularity,
         host=choice,
         cache=cache,
         share=share,
@@ -135,6 +147,7 @@ def stream(
     *,
     device: torch.device | str | int | None = None,
     vram_budget: BudgetLike = None,
+    granularity: str = BLOCK,
     host: HostChoice = HostChoice(),  # noqa: B008 (it is frozen)
     cache: str | os.PathLike[str] | None = None,
     share: str | None = None,
@@ -151,7 +164,7 @@ def stream(
     blocks, instead of one of its own.
     """
     _check_module(module)
-    check_options(prefetch, cache, share, verify)
+    check_options(prefetch, granularity, cache, share, verify)
     assert rest in (MOVE, LEAVE)
     check_wrappable(module)
     target = resolve_device(device)
@@ -164,6 +177,7 @@ def stream(
         prefetch,
         target,
         vram_budget=vram_budget,
+        granularity=granularity,
         host=host,
         share=share,
         pack=pack,
@@ -179,6 +193,7 @@ def start(
     device: torch.device,
     *,
     vram_budget: BudgetLike = None,
+    granularity: str = BLOCK,
     host: HostChoice,
     share: str | None = None,
     pack: Pack = None,
@@ -194,10 +209,9 @@ def start(
     _check_share(share, host, pack)
     budget = Budget.of(vram_budget, device)
     what = f"{title} {type(module).__name__}"
-    units = find_units(module)
-    layouts = [
-        image.lay_out((group[0].name, group[0].tensor) for group in unit.groups) for unit in units
-    ]
+    granularity = _granularity(module, granularity, budget, prefetch, pack)
+    units = find_units(module, granularity)
+    layouts = _lay_out(units)
     packable = _look_at_packing(weights, units, layouts)
     room, lockable = _room(weights, units, layouts)
     packed, why = choose(pack, packable, host, room, lockable)
@@ -223,12 +237,55 @@ def start(
             arena,
             prefetch,
             budget,
+            granularity,
             verify,
             bar,
         ).run()
     whole = bool(packed) and packed == packable.units
     runtime.pack = 1.0 if whole else len(packed) / len(units)
     return runtime
+
+
+def _lay_out(units: list[Unit]) -> list[ImageLayout]:
+    return [
+        image.lay_out((group[0].name, group[0].tensor) for group in unit.groups) for unit in units
+    ]
+
+
+def _granularity(
+    module: nn.Module, asked: str, budget: Budget, prefetch: int | None, pack: Pack
+) -> str:
+    """What a unit is: with "auto", a part of a block where the budget has no room for a block that
+    is fetched beside the one in use. Blocks that are compiled are used as a whole anyway."""
+    if asked != AUTO_GRANULARITY:
+        return asked
+    units = find_units(module)
+    if budget.nbytes is None or any_compiled(units):
+        return BLOCK
+    sizes = [
+        residency.UnitBytes(layout.nbytes, layout.nbytes, bool(pack)) for layout in _lay_out(units)
+    ]
+    try:
+        found = residency.choose(
+            sizes, budget.nbytes, others=bytes_of_others(module, units), prefetch=prefetch
+        )
+    except WrapError:
+        return PART
+    overlaps = found.depth > 0 or found.streamed_bytes + found.decoded_bytes == 0
+    return BLOCK if overlaps or prefetch == 0 else PART
+
+
+def any_compiled(units: list[Unit]) -> bool:
+    """Whether some block is, as a whole."""
+    return any(unit.block._compiled_call_impl is not None for unit in units)
+
+
+def bytes_of_others(module: nn.Module, units: list[Unit]) -> int:
+    """What stays on the device besides units, as the allocator counts it."""
+    streamed = {id(entry.tensor) for unit in units for group in unit.groups for entry in group}
+    tensors = [*module.parameters(), *module.buffers()]
+    others = {tie_key(t): t.nbytes for t in tensors if id(t) not in streamed}
+    return sum(as_allocated(nbytes) for nbytes in others.values())
 
 
 def _check_share(share: str | None, host: HostChoice, pack: Pack) -> None:
@@ -311,6 +368,8 @@ def unwrap(transformer: nn.Module, device: torch.device | str | int = "cpu") -> 
     with ordinary_tensors():
         _bring_into_memory(runtime, target)
         runtime.close()
+        for whole in runtime.together:
+            hooks.remove(whole.block)
         while runtime.bindings:
             _give_back(runtime.bindings[0], target)
             del runtime.bindings[0]  # now, so that one block at a time is in memory
@@ -369,12 +428,18 @@ def _check_module(transformer: nn.Module) -> None:
 
 
 def check_options(
-    prefetch: int | None, cache: str | os.PathLike[str] | None, share: str | None, verify: bool
+    prefetch: int | None,
+    granularity: str,
+    cache: str | os.PathLike[str] | None,
+    share: str | None,
+    verify: bool,
 ) -> None:
     """Raises WrapError for an option of `wrap` and `load` that can't be used."""
     number = isinstance(prefetch, int) and not isinstance(prefetch, bool) and prefetch >= 0
     if prefetch is not None and not number:
         raise WrapError(f"prefetch is a number of blocks, 0 or more, or None, not {prefetch!r}")
+    if granularity not in (BLOCK, PART, AUTO_GRANULARITY):
+        raise WrapError(f"granularity is 'block', 'part' or 'auto', not {granularity!r}")
     if cache is not None and not isinstance(cache, (str, os.PathLike)):
         raise WrapError(f"cache is the path of a file, not {cache!r}")
     if not isinstance(verify, bool):
@@ -419,6 +484,7 @@ class _Wrapping:
         arena: SharedArena | None,
         prefetch: int | None,
         budget: Budget,
+        granularity: str,
         verify: bool,
         progress: tqdm[NoReturn],
     ) -> None:
@@ -432,6 +498,9 @@ class _Wrapping:
         self.arena = arena
         self.prefetch = prefetch
         self.budget = budget
+        self.granularity = granularity
+        self.others = bytes_of_others(model, units)
+        self.compiled = any_compiled(units)
         self.verify = verify
         self.progress = progress
         self.runtime: Offloader | None = None
@@ -464,29 +533,26 @@ class _Wrapping:
             host_plan=self.placing.plan,
             verify=self.verify,
             budget=self.budget,
-            others=self._bytes_of_others(),
+            others=self.others,
+            granularity=self.granularity,
+            compiled=self.compiled,
         )
 
     def _expected_residency(self) -> residency.Residency:
         """By what packed blocks are expected to take. Raises WrapError if the budget is too small
         for any."""
         plan = self.placing.plan
-        sizes = [
+        takes = [
             residency.UnitBytes(layout.nbytes, plan.sizes[number], number in plan.packed)
             for number, layout in enumerate(self.layouts)
         ]
-        return residency.choose(
-            sizes, self.budget.nbytes, others=self._bytes_of_others(), prefetch=self.prefetch
+        limit, asked = self.budget.nbytes, self.prefetch
+        if self.granularity == BLOCK:
+            return residency.choose(takes, limit, others=self.others, prefetch=asked)
+        parts = parts_of(self.units, self.layouts, takes)
+        return choose_parts(
+            parts, limit, others=self.others, prefetch=asked, together=self.compiled
         )
-
-    def _bytes_of_others(self) -> int:
-        """What stays on the device besides blocks, as the allocator counts it."""
-        streamed = {
-            id(entry.tensor) for unit in self.units for group in unit.groups for entry in group
-        }
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        others = {tie_key(t): t.nbytes for t in tensors if id(t) not in streamed}
-        return sum(as_allocated(nbytes) for nbytes in others.values())
 
     def _place_others(self, runtime: Offloader) -> None:
         """What is not streamed: it is noted, so that what is added later is told from it."""
@@ -526,6 +592,9 @@ class _Wrapping:
         runtime.connect(self.bound)
         for binding in self.bound:
             hooks.install_on_block(binding.unit.module, binding)
+        for whole in wholes(runtime):
+            hooks.install_on_whole(whole.block, whole)
+            runtime.together.append(whole)
         hooks.install_on_model(self.model, runtime)
         runtime.start()
 
@@ -534,6 +603,7 @@ class _Wrapping:
         hooks.remove(self.model)
         for unit in self.units:
             hooks.remove(unit.module)
+            hooks.remove(unit.block)
         try:
             self.placing.close()
             if self.runtime is not None:

@@ -14,6 +14,7 @@ from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
 from wanoffload.loading.unread import Unread
 from wanoffload.pack_choice import check_pack
+from wanoffload.units import BLOCK
 from wanoffload.wrapping import check_options, resolve_device, start
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,9 +31,10 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
-    prefetch: int | None = 2,
+    prefetch: int | None = None,
     device: torch.device | str | int | None = None,
     vram_budget: int | str | float | None = None,
+    granularity: str = BLOCK,
     host: str = AUTO,
     host_budget: int | str | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -55,10 +57,10 @@ def load(
         subfolder, variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
         torch_dtype: as of `from_pretrained`, with what the class keeps in fp32. None: what the
             class is constructed in, which is fp32 as a rule, whatever the checkpoint holds.
-        prefetch, device, vram_budget, host, host_budget, share, pack, verify: as of `wrap`. With
-            "disk" (or "auto", where memory is short) blocks stay in the checkpoint's own files and
-            are read from there, which must stay as they are; it takes a checkpoint that holds the
-            dtypes to be used, and packed blocks take a cache file.
+        prefetch, device, vram_budget, granularity, host, host_budget, share, pack, verify: as of
+            `wrap`. With "disk" (or "auto", where memory is short) blocks stay in the checkpoint's
+            own files and are read from there, which must stay as they are; it takes a checkpoint
+            that holds the dtypes to be used, and packed blocks take a cache file.
         cache: a file that holds the blocks in the dtypes in which they are streamed
             (docs/cache-file.md), packed or plain. Read in place of the checkpoint's if it is of
             this checkpoint; written if it is not there.
@@ -74,7 +76,7 @@ def load(
         torch.OutOfMemoryError: too little device memory.
         After any of them, nothing is held.
     """
-    check_options(prefetch, cache, share, verify)
+    check_options(prefetch, granularity, cache, share, verify)
     check_pack(pack)
     choice = HostChoice.of(host, host_budget)
     target = resolve_device(device)
@@ -95,6 +97,7 @@ def load(
         prefetch,
         target,
         vram_budget=vram_budget,
+        granularity=granularity,
         host=choice,
         share=share,
         pack=pack,

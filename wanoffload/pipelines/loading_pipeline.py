@@ -27,6 +27,7 @@ from wanoffload.pipelines.enabling import (
 )
 from wanoffload.pipelines.pipeline_source import Dtype, find_source
 from wanoffload.policy.choices import check_mode
+from wanoffload.units import BLOCK
 from wanoffload.workload import Workload
 from wanoffload.wrapping import check_options, resolve_device
 
@@ -139,7 +140,7 @@ def check_way(
     host: HostChoice, cache: str | os.PathLike[str] | None, share: str | None
 ) -> Path | None:
     """The cache's folder, made if need be. Raises WrapError for what can't be used."""
-    check_options(1, cache, share, False)
+    check_options(1, BLOCK, cache, share, False)
     if share is not None and host.kind == DISK:
         raise WrapError("share: with host='disk' there is nothing in memory that could be shared")
     if cache is None:

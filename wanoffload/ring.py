@@ -1,0 +1,125 @@
+"""The ring of bytes that parts of blocks pass through: where each stands in it. Pure.
+
+Every part has the same place in every forward. Places follow each other, and begin again at the
+front where the next would pass the end; a part that is plain is cut between its tensors, so that
+little is lost there. What is brought to a place waits for the readers of what it overwrites, piece
+by piece, so a ring need not hold parts as a whole to be kept busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import count
+from typing import NamedTuple
+
+from wanoffload.image import ALIGNMENT, ImageLayout
+
+LEAST_PIECE = 1 / 32
+"""Of a part: smaller tensors go with those before or behind them."""
+STEP = 1 / 256
+"""Of the least size: by so much sizes differ that are tried."""
+MOST = 1.5
+"""Times the least size: beyond, that the last part of a forward keeps the first of the next
+waiting is taken into account."""
+
+
+class Piece(NamedTuple):
+    """A run of a part's bytes: where it begins in its image and in the ring."""
+
+    offset: int
+    start: int
+    nbytes: int
+
+
+Place = tuple[Piece, ...]
+
+
+class Ring(NamedTuple):
+    """`places`: one a part, in the order of use."""
+
+    nbytes: int
+    places: tuple[Place, ...]
+
+
+def cut(layout: ImageLayout) -> tuple[int, ...]:
+    """Bytes of the pieces that a plain part may be cut into: each begins with a large tensor."""
+    least = layout.nbytes * LEAST_PIECE
+    starts = [0]
+    for spec in layout.specs:
+        if spec.nbytes >= least and spec.offset - starts[-1] >= least:
+            starts.append(spec.offset)
+    ends = [*starts[1:], layout.nbytes]
+    return tuple(end - start for start, end in zip(starts, ends, strict=True))
+
+
+@lru_cache(maxsize=64)
+def ring_of(parts: tuple[tuple[int, ...], ...], ahead: int) -> Ring:
+    """The smallest ring in which a part touches none of the `ahead` before it.
+
+    Args:
+        parts: for each part, in the order of use, the bytes of its pieces.
+        ahead: 0: nothing is fetched while something is in use.
+    """
+    if ahead == 0:
+        return Ring(max(map(sum, parts), default=0), tuple(_row(pieces, 0) for pieces in parts))
+    least = _least(parts, ahead)
+    step = max(ALIGNMENT, int(least * STEP) // ALIGNMENT * ALIGNMENT)
+    open_end: Ring | None = None
+    for nbytes in count(least, step):
+        if open_end is not None and nbytes > MOST * least:
+            return open_end
+        places = _places(parts, nbytes)
+        if places is None or not _apart(places, ahead, around=False):
+            continue
+        if _apart(places, ahead, around=True):
+            return Ring(nbytes, places)
+        open_end = open_end or Ring(nbytes, places)
+    raise AssertionError("there is no end to the sizes")
+
+
+def _least(parts: Sequence[Sequence[int]], ahead: int) -> int:
+    sizes = [sum(pieces) for pieces in parts]
+    together = min(ahead + 1, len(sizes))
+    return max(
+        sum(sizes[(first + i) % len(sizes)] for i in range(together)) for first in range(len(sizes))
+    )
+
+
+def _row(pieces: Sequence[int], start: int) -> Place:
+    place, offset = [], 0
+    for nbytes in pieces:
+        place.append(Piece(offset, start + offset, nbytes))
+        offset += nbytes
+    return tuple(place)
+
+
+def _places(parts: Sequence[Sequence[int]], nbytes: int) -> tuple[Place, ...] | None:
+    """None if a part would touch itself."""
+    at = 0
+    places = []
+    for pieces in parts:
+        place, offset = [], 0
+        for size in pieces:
+            at = 0 if at + size > nbytes else at
+            place.append(Piece(offset, at, size))
+            at += size
+            offset += size
+        if any(_touch(a, b) for i, a in enumerate(place) for b in place[:i]):
+            return None
+        places.append(tuple(place))
+    return tuple(places)
+
+
+def _apart(places: Sequence[Place], ahead: int, around: bool) -> bool:
+    """Whether no part touches one of those before it. `around`: also of the forward before."""
+    for number in range(len(places)):
+        back = min(ahead, len(places) - 1 if around else number)
+        for before in range(1, back + 1):
+            if any(_touch(a, b) for a in places[number] for b in places[number - before]):
+                return False
+    return True
+
+
+def _touch(a: Piece, b: Piece) -> bool:
+    return a.start < b.start + b.nbytes and b.start < a.start + a.nbytes

@@ -1,0 +1,203 @@
+"""What stays on the device where parts of blocks stream, and how large their ring is. Pure.
+
+As many blocks stay as a whole as fit, evenly spaced, so that the parts between them follow each
+other as before; what is left is for single parts of other blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from wanoffload.errors import WrapError
+from wanoffload.image import ImageLayout
+from wanoffload.policy.packed import CHUNK_BYTES, STAGING_SLOTS
+from wanoffload.residency import ALIGN_BYTES, Residency, UnitBytes, allocated, evenly
+from wanoffload.ring import Ring, cut, ring_of
+from wanoffload.sizes import gb
+from wanoffload.units import Unit
+
+DEFAULT_AHEAD = 1
+"""Parts that always have room beside the one in use. The ring is larger than these two by what the
+ends of places cost, and that lets a part begin to come while the one before it waits."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a block: what it takes, the bytes of the pieces that it may be cut into, and the
+    number of its block."""
+
+    takes: UnitBytes
+    pieces: tuple[int, ...]
+    block: int
+
+
+def parts_of(
+    found: Sequence[Unit], layouts: Sequence[ImageLayout], takes: Sequence[UnitBytes]
+) -> list[Part]:
+    """The parts that these units are."""
+    blocks = {id(unit.block): number for number, unit in enumerate(found)}
+    return [
+        Part(sizes, cut(layout), blocks[id(unit.block)])
+        for unit, layout, sizes in zip(found, layouts, takes, strict=True)
+    ]
+
+
+def choose_parts(
+    parts: Sequence[Part],
+    budget: int | None,
+    *,
+    others: int,
+    prefetch: int | None,
+    order: Sequence[int] | None = None,
+    together: bool = False,
+    largest_chunk: int = CHUNK_BYTES,
+) -> Residency:
+    """The plan for these parts.
+
+    Args:
+        budget: bytes that all of the weights may take on the device. None: everything streams.
+        others: bytes of weights and buffers that are in no part, as allocated.
+        prefetch: so many parts have room beside the one in use; None: 1, or 0 if that does not fit.
+        order: the numbers of the parts as they are used; None: as they are given.
+        together: all parts of a block are used at once, as compiled ones are: there is room for
+            a block, and with None for the next one.
+        largest_chunk: bytes of the largest packed chunk.
+
+    Raises:
+        WrapError: the budget is less than the least; names it.
+    """
+    planner = _Planner(tuple(parts), tuple(order or range(len(parts))), others, largest_chunk)
+    aheads = planner.aheads(prefetch, together)
+    if budget is None:
+        return planner.plan(frozenset(), aheads[0], prefetch, "no budget")
+    said = f"budget {gb(budget)}"
+    if planner.bytes_with(everything := frozenset(range(len(parts))), 0) <= budget:
+        return planner.plan(everything, 0, prefetch, said)
+    for ahead in aheads:
+        if planner.bytes_with(frozenset(), ahead) <= budget:
+            return planner.plan(planner.fitting(budget, ahead), ahead, prefetch, said)
+    raise WrapError(_too_little(planner, budget, prefetch, aheads[-1]))
+
+
+def _too_little(planner: _Planner, budget: int, prefetch: int | None, ahead: int) -> str:
+    need = planner.bytes_with(frozenset(), ahead)
+    with_it = "" if prefetch is None else f" with prefetch={prefetch}"
+    least = planner.bytes_with(frozenset(), planner.aheads(None, False)[-1])
+    instead = f", or prefetch=None: {least:,} bytes are enough" if least < need else ""
+    return (
+        f"the weights take at least {need:,} bytes ({gb(need)}) of the device{with_it}, part by "
+        f"part; vram_budget is {budget:,} bytes ({gb(budget)}): raise it{instead}"
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    parts: tuple[Part, ...]
+    order: tuple[int, ...]
+    others: int
+    largest_chunk: int
+
+    def aheads(self, prefetch: int | None, together: bool) -> list[int]:
+        """What is looked at, the best first."""
+        most = max(len(members) for members in self._blocks()) if together else 1
+        if prefetch is not None:
+            return [max(prefetch, most - 1)]
+        if together:
+            return sorted({2 * most - 1, most - 1}, reverse=True)
+        return [DEFAULT_AHEAD, 0]
+
+    def _blocks(self) -> list[list[int]]:
+        """The parts of each block, in the order of use."""
+        blocks: dict[int, list[int]] = {}
+        for number in self.order:
+            blocks.setdefault(self.parts[number].block, []).append(number)
+        return list(blocks.values())
+
+    def ring(self, resident: frozenset[int], ahead: int) -> Ring:
+        row = [self.parts[n] for n in self.order if n not in resident]
+        if not row:
+            return Ring(0, ())
+        # Packed bytes are unpacked to one run of addresses.
+        pieces = tuple((p.takes.plain,) if p.takes.packed else p.pieces for p in row)
+        return ring_of(pieces, ahead)
+
+    def bytes_with(self, resident: frozenset[int], ahead: int) -> int:
+        """On the device, all together, as the allocator counts them."""
+        ring = self.ring(resident, ahead).nbytes
+        staging = self.staging(resident)
+        return (
+            self.others
+            + sum(self._home(n) for n in resident)
+            + (allocated(ALIGN_BYTES + ring) if ring else 0)
+            + (allocated(ALIGN_BYTES + STAGING_SLOTS * staging) if staging else 0)
+        )
+
+    def _home(self, number: int) -> int:
+        return allocated(ALIGN_BYTES + self.parts[number].takes.plain)
+
+    def staging(self, resident: frozenset[int]) -> int:
+        """Of one slot; what is resident comes over the link, too, if only once."""
+        packed = (part.takes.stored for part in self.parts if part.takes.packed)
+        return min(max(packed, default=0), self.largest_chunk)
+
+    def fitting(self, budget: int, ahead: int) -> frozenset[int]:
+        """The parts that stay."""
+        blocks = self._blocks()
+        whole = self._as_many_as_fit(blocks, 0.0, frozenset(), budget, ahead)
+        rest = [block for block in blocks if whole.isdisjoint(block)]
+        singles = [[max(block, key=lambda n: self.parts[n].takes.plain)] for block in rest]
+        return self._as_many_as_fit(singles, 0.5, whole, budget, ahead)
+
+    def _as_many_as_fit(
+        self,
+        groups: list[list[int]],
+        shift: float,
+        resident: frozenset[int],
+        budget: int,
+        ahead: int,
+    ) -> frozenset[int]:
+        """With as many groups more as fit, evenly spaced. The ring may change with what passes
+        through it, so the first guess can be too high."""
+        room = budget - self.bytes_with(resident, ahead)
+        largest_first = sorted((sum(map(self._home, group)) for group in groups), reverse=True)
+        some = sum(taken <= room for taken in accumulate(largest_first))
+        while some > 0:
+            more = (n for at in evenly(some, len(groups), shift) for n in groups[at])
+            wider = resident.union(more)
+            if self.bytes_with(wider, ahead) <= budget:
+                return wider
+            some -= 1
+        return resident
+
+    def plan(
+        self, resident: frozenset[int], ahead: int, prefetch: int | None, budget: str
+    ) -> Residency:
+        ring = self.ring(resident, ahead)
+        streams = [n for n in self.order if n not in resident]
+        nbytes = self.bytes_with(resident, ahead)
+        takes = [self.parts[n].takes for n in streams]
+        return Residency(
+            resident=resident,
+            kept_packed=frozenset(),
+            depth=ahead if prefetch is None else prefetch,
+            slots=0,
+            slot_bytes=0,
+            staging_bytes=self.staging(resident),
+            device_bytes=nbytes,
+            streamed_bytes=sum(each.stored for each in takes),
+            decoded_bytes=sum(each.plain for each in takes if each.packed),
+            seconds=None,
+            sentence=f"{self._words(resident, ring)}; {gb(nbytes)} of the device, {budget}",
+            ring_bytes=ring.nbytes,
+            places=dict(zip(streams, ring.places, strict=True)),
+        )
+
+    def _words(self, resident: frozenset[int], ring: Ring) -> str:
+        total = len(self.parts)
+        plain = gb(sum(self.parts[n].takes.plain for n in resident))
+        words = f"{len(resident)} of {total} parts of blocks resident ({plain})"
+        if ring.nbytes:
+            words += f", {total - len(resident)} streamed through a ring of {gb(ring.nbytes)}"
+        return words
