@@ -17,8 +17,9 @@ from wanoffload.image import ALIGNMENT, ImageLayout
 
 LEAST_PIECE = 1 / 32
 """Of a part: smaller tensors go with those before or behind them."""
-STEP = 1 / 256
-"""Of the least size: by so much sizes differ that are tried."""
+STEP = 1 / 1024
+"""Of the least size: places begin at multiples of this. So those of pieces that differ by a bias
+cover each other exactly: a few bytes of a later place would keep the whole piece waiting."""
 MOST = 1.5
 """Times the least size: beyond, that the last part of a forward keeps the first of the next
 waiting is taken into account."""
@@ -66,10 +67,10 @@ def ring_of(parts: tuple[tuple[int, ...], ...], ahead: int) -> Ring:
     least = _least(parts, ahead)
     step = max(ALIGNMENT, int(least * STEP) // ALIGNMENT * ALIGNMENT)
     open_end: Ring | None = None
-    for nbytes in count(least, step):
+    for nbytes in count(-(-least // step) * step, step):
         if open_end is not None and nbytes > MOST * least:
             return open_end
-        places = _places(parts, nbytes)
+        places = _places(parts, nbytes, step)
         if places is None or not _apart(places, ahead, around=False):
             continue
         if _apart(places, ahead, around=True):
@@ -94,8 +95,8 @@ def _row(pieces: Sequence[int], start: int) -> Place:
     return tuple(place)
 
 
-def _places(parts: Sequence[Sequence[int]], nbytes: int) -> tuple[Place, ...] | None:
-    """None if a part would touch itself."""
+def _places(parts: Sequence[Sequence[int]], nbytes: int, step: int) -> tuple[Place, ...] | None:
+    """One behind the other, each from a multiple of `step` on. None if a part would touch itself."""
     at = 0
     places = []
     for pieces in parts:
@@ -103,7 +104,7 @@ def _places(parts: Sequence[Sequence[int]], nbytes: int) -> tuple[Place, ...] | 
         for size in pieces:
             at = 0 if at + size > nbytes else at
             place.append(Piece(offset, at, size))
-            at += size
+            at += -(-size // step) * step
             offset += size
         if any(_touch(a, b) for i, a in enumerate(place) for b in place[:i]):
             return None
