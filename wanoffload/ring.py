@@ -96,7 +96,7 @@ def _row(pieces: Sequence[int], start: int) -> Place:
 
 
 def _places(parts: Sequence[Sequence[int]], nbytes: int, step: int) -> tuple[Place, ...] | None:
-    """One behind the other, each from a multiple of `step` on. None if a part would touch itself."""
+    """One behind the other, from multiples of `step` on. None if a part would touch itself."""
     at = 0
     places = []
     for pieces in parts:
