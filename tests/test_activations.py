@@ -232,7 +232,7 @@ def test_a_shape_that_comes_once_brings_nothing(
     """To bring blocks for one forward costs what it saves."""
     model, offloader = wrapped()
     shapes = iter("ABAABB")
-    monkeypatch.setattr("wanoffload.activations._shapes", lambda _: (next(shapes), [1]))
+    monkeypatch.setattr("wanoffload.activations.shapes", lambda _: (next(shapes), [1]))
     stay = []
     for _ in range(6):
         run_model(model, card)

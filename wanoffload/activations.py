@@ -79,7 +79,7 @@ class Activations:
 
         `held`: what they take now.
         """
-        key, sizes = _shapes(args)
+        key, sizes = shapes(args)
         self._again = key == self._key
         self._key = key
         self._sizes[key] = sizes
@@ -127,7 +127,7 @@ class Activations:
         return min(larger, default=None)
 
 
-def _shapes(args: Any) -> tuple[Hashable, list[int]]:
+def shapes(args: Any) -> tuple[Hashable, list[int]]:
     """What tells forwards apart, and the elements of each input."""
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)

@@ -142,6 +142,22 @@ def choose(
     return planner.plan(planner.best(fitting), said)
 
 
+def forward_seconds(units: Sequence[UnitBytes], plan: Residency, rates: Rates) -> float:
+    """Of a forward under a plan for these units, in steady state."""
+    device = rates.compute_s + plan.decoded_bytes / (rates.decode_gb_per_s * _GB)
+    link = plan.streamed_bytes / (rates.link_gb_per_s * _GB)
+    if plan.depth == 0:
+        return device + link
+    if not plan.streamed_bytes:
+        return device
+    letters = "".join(
+        "r" if number in plan.resident else "k" if number in plan.kept_packed else "s"
+        for number in range(len(units))
+    )
+    staging = STAGING_SLOTS * plan.staging_bytes
+    return max(device, link, _steady(units, letters, plan.depth, staging, rates))
+
+
 def least(
     units: Sequence[UnitBytes],
     *,

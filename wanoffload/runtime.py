@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,20 +19,22 @@ from wanoffload._C import (
     Backend,
     CudaBackend,
     HostBackend,
+    HostImage,
     Image,
     PackedImage,
     Prefetcher,
     fingerprint,
 )
-from wanoffload.activations import Activations, TorchMemory
+from wanoffload.activations import Activations, TorchMemory, shapes
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget
 from wanoffload.device_memory import Homes, Place, SlotMemory, Wanted, no_memory
 from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
+from wanoffload.learned_rates import BlockTime, LearnedRates
 from wanoffload.recently_read import RecentlyRead
-from wanoffload.residency import Residency, UnitBytes, allocated, choose
+from wanoffload.residency import Rates, Residency, UnitBytes, allocated, choose, forward_seconds
 from wanoffload.ring_plan import choose_parts, parts_of
 from wanoffload.step_time import StepTime
 from wanoffload.together import Together
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 UNPACKED_UNITS = 2
 """So many stand unpacked on the host, besides those that somebody holds, when packed weights are
 read; and so many more when they are written to."""
+WORTH_MOVING = 1.02
+"""A plan is given up for another if forwards take this much longer under it."""
 FIRST_FILL_DEPTH = 2
 """Blocks on their way home ahead of the one that computes, where all stay on the device."""
 STAGING_SLOTS = 3
@@ -163,6 +167,11 @@ class Offloader(hooks.Attached):
         self._compiled = compiled  # some block is: its parts are used all at once
         self._others = others  # bytes on the device of what is not in blocks
         self._activations = self._watch(budget)
+        self._block_time = BlockTime(device)
+        self._learned = LearnedRates(device, backend)
+        self._rates: Rates | None = None  # of the shapes that were looked at last
+        self._looked_at: Hashable = None  # these shapes
+        self._short = False  # the device had less memory than the budget allows
         self._planned_for = 0  # bytes: the ceiling that the residency was chosen for
         self._poison: int | None = None
         self._slot_owner: list[Tensor] = []
@@ -207,6 +216,7 @@ class Offloader(hooks.Attached):
             budget.nbytes,
             others=self._others,
             prefetch=self._prefetch,
+            rates=self._rates,
             largest_chunk=chunk,
         )
         if found.streamed_bytes == 0:
@@ -279,6 +289,8 @@ class Offloader(hooks.Attached):
 
     def _make_engine(self) -> None:
         """An engine over the memory that was taken."""
+        if self._weighs_packed() and not self._learned.known:
+            self._measure_rates()
         homes = [home.place.memory for home in self.homes.units.values()]
         # The engine keeps this list alive, and so the memory until it has closed.
         self._slot_owner = [self.slots.memory, self.ring.memory, self.staging.memory, *homes]
@@ -354,9 +366,14 @@ class Offloader(hooks.Attached):
 
     def acquire(self, index: int, stream: int) -> tuple[int, int]:
         self._sequence.append(index)
-        return self._prefetcher.acquire(index, stream)
+        acquired = self._prefetcher.acquire(index, stream)
+        if index == self._block_time.timed:
+            self._block_time.stamp()
+        return acquired
 
     def release(self, index: int, stream: int, generation: int) -> None:
+        if index == self._block_time.timed:
+            self._block_time.stamp()
         self._prefetcher.release(index, stream, generation)
 
     @property
@@ -509,6 +526,8 @@ class Offloader(hooks.Attached):
         self._settle_packed()
         if self._activations is not None:
             self._leave_room(self._activations, inputs)
+        if self._weighs_packed():
+            self._look_at_rates(inputs)
         self.resume()
         self._recover()
         self._sequence.clear()
@@ -534,10 +553,50 @@ class Offloader(hooks.Attached):
                 self.homes.keep_only(self._wanted(self._choose_within(room)))
                 activations.tidy()
 
+    def _weighs_packed(self) -> bool:
+        """Whether it depends on rates what stays on the device: packed blocks, which are unpacked
+        for each use, or fewer plain ones."""
+        budget = self._budget.nbytes is not None and self.granularity == units.BLOCK
+        return budget and any(binding.packed for binding in self.bindings)
+
+    def _look_at_rates(self, inputs: Any) -> None:
+        """Once it is known how long a forward of these inputs computes, and it comes again, blocks
+        stay on the device as is quickest for it."""
+        key, _ = shapes(inputs)
+        timed = self._order[len(self._order) // 2]
+        self._block_time.begin_forward(key, timed)
+        seconds = self._block_time.seconds(key)
+        ready = (
+            self._learned.known and not self._paused and not self._short and self._block_time.again
+        )
+        if not ready or key == self._looked_at or seconds is None:
+            return
+        self._looked_at = key
+        takes = self._sizes()
+        compute = seconds * sum(unit.plain for unit in takes) / takes[timed].plain
+        self._rates = self._learned.with_compute(compute)
+        now = forward_seconds(takes, self.residency, self._rates)
+        best = forward_seconds(takes, self._choose_within(self._budget.nbytes), self._rates)
+        logger.debug(
+            "a forward computes %.4f s; %.4f s as planned, %.4f at best", compute, now, best
+        )
+        if now > best * WORTH_MOVING:
+            self._recover()
+            self._pause(keep_homes=True)
+
+    def _measure_rates(self) -> None:
+        """Over slots that no engine uses yet."""
+        found = (binding.stored for binding in self.bindings if binding.tier == PINNED)
+        image = next((image for image in found if isinstance(image, HostImage)), None)
+        if image is not None and self.slots.nbytes:
+            with ordinary_tensors():
+                self._learned.measure(image, self.slots.memory)
+
     def end_forward(self, completed: bool) -> None:
         if not self.in_forward():
             return  # it never began
         try:
+            self._block_time.end_forward(completed)
             self._recover()
             self._step_time.end_forward(completed)
             if self._activations is not None:
@@ -695,6 +754,7 @@ class Offloader(hooks.Attached):
             return
         self._let_slots_go(keep_homes=True)  # what a pause that stalled left
         self._planned_for = self._budget.nbytes or 0
+        self._short = False
         wanted = self._choose_within(self._budget.nbytes) if self._budget.auto else None
         self._take_what_is_there(wanted or self._choose(self._budget), exactly)
         for name in _COUNTS:
@@ -715,6 +775,7 @@ class Offloader(hooks.Attached):
                 raise
             # Less by what could not be had, and by one block more, for others.
             less = residency.device_bytes - self._home_bytes(residency) + had - self._largest()
+            self._short = True
             logger.warning("the device has too little memory for %s", residency.sentence)
             self._take_what_is_there(self._choose_within(less), exactly)
 

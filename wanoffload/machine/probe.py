@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from wanoffload import host_memory
+from wanoffload.machine.clock import CudaClock
 from wanoffload.machine.hardware import PLATFORMS, Hardware
 from wanoffload.machine.rate_file import Machine, Rates, known_rates, rate_file
-from wanoffload.machine.rates import CudaClock, Sizes, measure
+from wanoffload.machine.rates import Sizes, measure
 
 
 def probe(device: torch.device | str | int | None = None, *, refresh: bool = False) -> Hardware:

@@ -7,10 +7,8 @@ traffic, copies as the engine makes them, launches from Python. Timing stands be
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch.nn import functional
 
 from wanoffload._C import HostStore
 from wanoffload.errors import OffloadError
+from wanoffload.machine.clock import Clock, Run
 from wanoffload.runtime import backend_for
 
 HEADS, HEAD_SIZE = 40, 128
@@ -25,45 +24,6 @@ LAUNCHES = 300
 """Fewer than a device queues, or the host would wait for it."""
 COMPUTE_S, TRAFFIC_S = 0.2, 0.05
 """How long a kernel is repeated, first to let clocks and power settle and then to be timed."""
-
-Run = Callable[[], object]
-
-
-class Clock(Protocol):
-    """Seconds that `count` calls take, on an idle device."""
-
-    def device_seconds(self, run: Run, count: int) -> float:
-        """From the first call's start to the last one's end on the device."""
-
-    def host_seconds(self, run: Run, count: int) -> float:
-        """Until the host has given everything to the device."""
-
-
-class CudaClock:
-    """Timed events on the device's current stream. Waits for the device before and after."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def device_seconds(self, run: Run, count: int) -> float:
-        make_event: Any = torch.cuda.Event
-        start, end = make_event(enable_timing=True), make_event(enable_timing=True)
-        torch.cuda.synchronize(self._device)
-        start.record()
-        for _ in range(count):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-
-    def host_seconds(self, run: Run, count: int) -> float:
-        torch.cuda.synchronize(self._device)
-        start = time.perf_counter()
-        for _ in range(count):
-            run()
-        seconds = time.perf_counter() - start
-        torch.cuda.synchronize(self._device)
-        return seconds
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,160 @@
+"""Rates that are found out while a model runs, and what stays on the device by them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import wanoffload
+from tests.small_models import MODELS, forward
+from wanoffload import Offloader, learned_rates
+from wanoffload.learned_rates import BlockTime, LearnedRates
+from wanoffload.residency import Rates, forward_seconds
+
+KIND = MODELS["wan22_i2v"]
+CPU = torch.device("cpu")
+UNIT = 1
+SLOW_LINK = Rates(link_gb_per_s=0.01, decode_gb_per_s=1000, compute_s=1e-6)
+SLOW_COMPUTE = Rates(link_gb_per_s=1000, decode_gb_per_s=0.01, compute_s=1e-3)
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the clock says: the first of these, then the next."""
+    row: list[float] = []
+    monkeypatch.setattr(learned_rates.time, "perf_counter", lambda: row.pop(0))
+    return row
+
+
+def run(times: BlockTime, key: str, completed: bool = True) -> bool:
+    """A forward; whether its block was timed."""
+    times.begin_forward(key, UNIT)
+    timed = times.timed == UNIT
+    if timed:
+        times.stamp()
+        times.stamp()
+    times.end_forward(completed)
+    return timed
+
+
+def test_a_block_is_timed_in_the_second_forward_in_a_row_of_its_shapes(ticks: list[float]) -> None:
+    times = BlockTime(CPU)
+    ticks += [1.0, 3.5, 10.0, 11.0]
+    assert [run(times, key) for key in "ABAABBAB"] == [False] * 3 + [True, False, True] + [
+        False
+    ] * 2
+    assert (times.seconds("A"), times.seconds("B"), times.seconds("C")) == (2.5, 1.0, None)
+
+
+def test_a_forward_that_broke_off_is_timed_again(ticks: list[float]) -> None:
+    times = BlockTime(CPU)
+    ticks += [1.0, 3.5, 10.0, 11.0]
+    run(times, "A")
+    assert run(times, "A", completed=False)
+    assert times.seconds("A") is None
+    assert run(times, "A")
+    assert times.seconds("A") == 1.0
+
+
+def test_a_block_that_was_left_out_is_not_timed() -> None:
+    times = BlockTime(CPU)
+    run(times, "A")
+    times.begin_forward("A", UNIT)
+    times.end_forward(completed=True)
+    assert times.seconds("A") is None
+    assert times.timed != UNIT
+    assert run(times, "A")
+
+
+def test_rates_are_measured_once_from_the_models_own_bytes(device: str) -> None:
+    model = wanoffload.wrap(KIND.make(), 1, device=device, vram_budget="6MiB", pack=True)
+    learned = wanoffload.offloader(model)._learned
+    rates = learned.with_compute(0.5)
+    assert rates.compute_s == 0.5
+    assert rates.link_gb_per_s > 0
+    assert rates.decode_gb_per_s > 0
+    assert learned.with_compute(0.5) == rates
+
+
+@pytest.mark.parametrize("options", [{"pack": False}, {"vram_budget": None}])
+def test_nothing_is_measured_where_nothing_depends_on_it(options: dict[str, Any]) -> None:
+    given = {"vram_budget": "6MiB", "pack": True, **options}
+    model = wanoffload.wrap(KIND.make(), 1, device="cpu", **given)
+    assert not wanoffload.offloader(model)._learned.known
+
+
+# What stays by them.
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
+    """The rates that are found. Allocations are not rounded: small blocks take what they have."""
+    monkeypatch.setattr("wanoffload.residency.ROUND_BYTES", 256)
+    rates: dict[str, Rates] = {}
+    monkeypatch.setattr(BlockTime, "seconds", lambda *_: 1.0)
+    monkeypatch.setattr(LearnedRates, "with_compute", lambda *_: rates["now"])
+    return rates
+
+
+def streamed(resident: int, **options: Any) -> tuple[nn.Module, Offloader]:
+    """With room for so many blocks besides what the slots take."""
+    given = {"device": "cpu", "pack": True, **options}
+    runtime = wanoffload.offloader(wanoffload.wrap(KIND.make(), 1, **given))
+    block = runtime.slots.slot_bytes + 256
+    budget = runtime.device_bytes + resident * block
+    model = wanoffload.wrap(KIND.make(), 1, **given, vram_budget=budget)
+    return model, wanoffload.offloader(model)
+
+
+def run_model(model: nn.Module, forwards: int) -> None:
+    expected = forward(KIND.make(), KIND.inputs())
+    wanoffload.offloader(model).poison_slots()
+    for _ in range(forwards):
+        assert torch.equal(forward(model, KIND.inputs()), expected)
+
+
+def test_plain_blocks_stay_where_the_link_does_not_bind(told: dict[str, Rates]) -> None:
+    told["now"] = SLOW_COMPUTE
+    model, runtime = streamed(4)
+    before = runtime.residency
+    assert before.kept_packed
+    run_model(model, 1)
+    assert runtime.residency == before  # no forward has come again yet
+    run_model(model, 2)
+    now = runtime.residency
+    assert len(now.resident) > len(before.resident)
+    assert now.decoded_bytes < before.decoded_bytes
+    assert runtime.device_bytes <= runtime.budget.nbytes  # type: ignore[operator]
+    sizes = runtime._sizes()
+    assert forward_seconds(sizes, now, SLOW_COMPUTE) < forward_seconds(sizes, before, SLOW_COMPUTE)
+
+
+def test_a_plan_stays_where_another_would_gain_nothing(told: dict[str, Rates]) -> None:
+    told["now"] = SLOW_LINK
+    model, runtime = streamed(4)
+    before = runtime.residency
+    engine = runtime._prefetcher
+    run_model(model, 4)
+    assert runtime.residency == before
+    assert runtime._prefetcher is engine
+
+
+def test_a_model_that_found_too_little_memory_does_not_ask_for_more(told: dict[str, Rates]) -> None:
+    told["now"] = SLOW_COMPUTE
+    model, runtime = streamed(4)
+    runtime._short = True
+    before = runtime.residency
+    run_model(model, 4)
+    assert runtime.residency == before
+
+
+def test_a_larger_budget_is_spent_by_what_was_found(told: dict[str, Rates]) -> None:
+    told["now"] = SLOW_COMPUTE
+    model, runtime = streamed(4)
+    run_model(model, 4)
+    runtime.set_budget(runtime.budget.nbytes + runtime.slots.slot_bytes)  # type: ignore[operator]
+    run_model(model, 3)
+    assert not runtime.residency.kept_packed
