@@ -11,7 +11,7 @@ from torch import nn
 import wanoffload
 from tests.small_models import MODELS, forward
 from wanoffload import Offloader, learned_rates
-from wanoffload.learned_rates import BlockTime, LearnedRates
+from wanoffload.learned_rates import BlockTimes, LearnedRates
 from wanoffload.residency import Rates, forward_seconds
 
 KIND = MODELS["wan22_i2v"]
@@ -29,44 +29,48 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return row
 
 
-def run(times: BlockTime, key: str, completed: bool = True) -> bool:
+def run(times: BlockTimes, key: str, completed: bool = True) -> bool:
     """A forward; whether its block was timed."""
-    times.begin_forward(key, UNIT)
-    timed = times.timed == UNIT
+    times.begin_forward(key)
+    timed = times.timing
     if timed:
-        times.stamp()
-        times.stamp()
+        times.come(UNIT)
+        times.used(UNIT)
     times.end_forward(completed)
     return timed
 
 
 def test_a_block_is_timed_in_the_second_forward_in_a_row_of_its_shapes(ticks: list[float]) -> None:
-    times = BlockTime(CPU)
+    times = BlockTimes(CPU)
     ticks += [1.0, 3.5, 10.0, 11.0]
     assert [run(times, key) for key in "ABAABBAB"] == [False] * 3 + [True, False, True] + [
         False
     ] * 2
-    assert (times.seconds("A"), times.seconds("B"), times.seconds("C")) == (2.5, 1.0, None)
+    assert [times.seconds(key) for key in "ABC"] == [{UNIT: 2.5}, {UNIT: 1.0}, {}]
 
 
 def test_a_forward_that_broke_off_is_timed_again(ticks: list[float]) -> None:
-    times = BlockTime(CPU)
+    times = BlockTimes(CPU)
     ticks += [1.0, 3.5, 10.0, 11.0]
     run(times, "A")
     assert run(times, "A", completed=False)
-    assert times.seconds("A") is None
+    assert times.seconds("A") == {}
     assert run(times, "A")
-    assert times.seconds("A") == 1.0
+    assert times.seconds("A") == {UNIT: 1.0}
 
 
-def test_a_block_that_was_left_out_is_not_timed() -> None:
-    times = BlockTime(CPU)
+def test_blocks_that_were_left_out_are_not_timed(ticks: list[float]) -> None:
+    times = BlockTimes(CPU)
+    ticks += [1.0, 2.0, 4.0]
     run(times, "A")
-    times.begin_forward("A", UNIT)
+    times.begin_forward("A")
+    times.used(UNIT)  # its weights came before
+    times.come(2)
+    times.used(2)
+    times.come(3)
     times.end_forward(completed=True)
-    assert times.seconds("A") is None
-    assert times.timed != UNIT
-    assert run(times, "A")
+    assert times.seconds("A") == {2: 1.0}
+    assert not times.timing
 
 
 def test_rates_are_measured_once_from_the_models_own_bytes(device: str) -> None:
@@ -94,7 +98,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
     """The rates that are found. Allocations are not rounded: small blocks take what they have."""
     monkeypatch.setattr("wanoffload.residency.ROUND_BYTES", 256)
     rates: dict[str, Rates] = {}
-    monkeypatch.setattr(BlockTime, "seconds", lambda *_: 1.0)
+    monkeypatch.setattr(BlockTimes, "seconds", lambda *_: {0: 1.0, 1: 3.0})
     monkeypatch.setattr(LearnedRates, "with_compute", lambda *_: rates["now"])
     return rates
 

@@ -27,56 +27,58 @@ UNPACK_TRAFFIC = 1.7
 Stamp = torch.cuda.Event | float
 
 
-class BlockTime:
-    """How long a block computes, by the shapes of a forward's inputs.
+class BlockTimes:
+    """How long blocks compute, by the shapes of a forward's inputs.
 
-    In the second forward in a row of the same shapes one block is timed: from when its weights are
-    there, so waiting does not count. On CUDA by two events, recorded once; nothing waits for them.
+    In the second forward in a row of the same shapes each is timed: from when its weights are
+    there, so waiting does not count. On CUDA by events, recorded once; nothing waits for them.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.timed = -1  # the unit that is timed in this forward; -1: none
+        self.timing = False
+        """Whether the blocks of this forward are timed."""
         self._device = device
         self._key: Hashable = None
         self._again = False
-        self._stamps: dict[Hashable, list[Stamp]] = {}
-        self._seconds: dict[Hashable, float] = {}
+        self._begun: dict[int, Stamp] = {}
+        self._stamps: dict[Hashable, dict[int, tuple[Stamp, Stamp]]] = {}
+        self._seconds: dict[Hashable, dict[int, float]] = {}
 
-    def begin_forward(self, key: Hashable, unit: int) -> None:
-        """A forward of these shapes begins; `unit` is the one to be timed, if one is."""
+    def begin_forward(self, key: Hashable) -> None:
+        """A forward of these shapes begins."""
         self._again = key == self._key
         self._key = key
-        self.timed = unit if self._again and key not in self._stamps else -1
+        self.timing = self._again and key not in self._stamps
+        if self.timing:
+            self._begun = {}
+            self._stamps[key] = {}
 
     @property
     def again(self) -> bool:
         """Whether the forward before had the same shapes."""
         return self._again
 
-    def stamp(self) -> None:
-        """The unit that is timed has come, or has been used."""
-        row = self._stamps.setdefault(self._key, [])
-        row.append(self._now())
-        if len(row) == 2:
-            self.timed = -1
+    def come(self, unit: int) -> None:
+        """The unit's weights are there."""
+        self._begun[unit] = self._now()
+
+    def used(self, unit: int) -> None:
+        """It has been computed."""
+        if unit in self._begun:
+            self._stamps[self._key][unit] = self._begun[unit], self._now()
 
     def end_forward(self, completed: bool) -> None:
-        """What a forward that broke off has of it is forgotten."""
-        self.timed = -1
-        if not completed or len(self._stamps.get(self._key, ())) != 2:
-            self._stamps.pop(self._key, None)
+        """What a forward that broke off has of them is forgotten."""
+        if self.timing and not completed:
+            del self._stamps[self._key]
+        self.timing = False
 
-    def seconds(self, key: Hashable) -> float | None:
-        """Of the block that was timed; None as long as the device has not got that far."""
-        if key not in self._seconds and (stamps := self._stamps.get(key)) is not None:
-            first, last = stamps
-            if isinstance(first, float) or isinstance(last, float):
-                assert isinstance(first, float)
-                assert isinstance(last, float)
-                self._seconds[key] = last - first
-            elif last.query():
-                self._seconds[key] = first.elapsed_time(last) / 1e3
-        return self._seconds.get(key)
+    def seconds(self, key: Hashable) -> dict[int, float]:
+        """By unit; empty as long as the device has not got that far."""
+        stamps = {} if self.timing else self._stamps.get(key, {})
+        if key not in self._seconds and stamps and all(_over(last) for _, last in stamps.values()):
+            self._seconds[key] = {unit: _between(*row) for unit, row in stamps.items()}
+        return self._seconds.get(key, {})
 
     def _now(self) -> Stamp:
         if self._device.type != "cuda":
@@ -84,6 +86,18 @@ class BlockTime:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def _over(stamp: Stamp) -> bool:
+    return isinstance(stamp, float) or bool(stamp.query())
+
+
+def _between(first: Stamp, last: Stamp) -> float:
+    if isinstance(first, float) or isinstance(last, float):
+        assert isinstance(first, float)
+        assert isinstance(last, float)
+        return last - first
+    return float(first.elapsed_time(last)) / 1e3
 
 
 class LearnedRates:

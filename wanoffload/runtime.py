@@ -32,7 +32,7 @@ from wanoffload.device_memory import Homes, Place, SlotMemory, Wanted, no_memory
 from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
-from wanoffload.learned_rates import BlockTime, LearnedRates
+from wanoffload.learned_rates import BlockTimes, LearnedRates
 from wanoffload.recently_read import RecentlyRead
 from wanoffload.residency import Rates, Residency, UnitBytes, allocated, choose, forward_seconds
 from wanoffload.ring_plan import choose_parts, parts_of
@@ -167,7 +167,7 @@ class Offloader(hooks.Attached):
         self._compiled = compiled  # some block is: its parts are used all at once
         self._others = others  # bytes on the device of what is not in blocks
         self._activations = self._watch(budget)
-        self._block_time = BlockTime(device)
+        self._block_times = BlockTimes(device)
         self._learned = LearnedRates(device, backend)
         self._rates: Rates | None = None  # of the shapes that were looked at last
         self._looked_at: Hashable = None  # these shapes
@@ -367,13 +367,13 @@ class Offloader(hooks.Attached):
     def acquire(self, index: int, stream: int) -> tuple[int, int]:
         self._sequence.append(index)
         acquired = self._prefetcher.acquire(index, stream)
-        if index == self._block_time.timed:
-            self._block_time.stamp()
+        if self._block_times.timing:
+            self._block_times.come(index)
         return acquired
 
     def release(self, index: int, stream: int, generation: int) -> None:
-        if index == self._block_time.timed:
-            self._block_time.stamp()
+        if self._block_times.timing:
+            self._block_times.used(index)
         self._prefetcher.release(index, stream, generation)
 
     @property
@@ -563,17 +563,18 @@ class Offloader(hooks.Attached):
         """Once it is known how long a forward of these inputs computes, and it comes again, blocks
         stay on the device as is quickest for it."""
         key, _ = shapes(inputs)
-        timed = self._order[len(self._order) // 2]
-        self._block_time.begin_forward(key, timed)
-        seconds = self._block_time.seconds(key)
+        self._block_times.begin_forward(key)
+        seconds = self._block_times.seconds(key)
         ready = (
-            self._learned.known and not self._paused and not self._short and self._block_time.again
+            self._learned.known and not self._paused and not self._short and self._block_times.again
         )
-        if not ready or key == self._looked_at or seconds is None:
+        if not ready or key == self._looked_at or not seconds:
             return
         self._looked_at = key
         takes = self._sizes()
-        compute = seconds * sum(unit.plain for unit in takes) / takes[timed].plain
+        # Unpacking makes some blocks take longer; it is counted apart.
+        fastest = min(time / max(takes[unit].plain, 1) for unit, time in seconds.items())
+        compute = fastest * sum(unit.plain for unit in takes)
         self._rates = self._learned.with_compute(compute)
         now = forward_seconds(takes, self.residency, self._rates)
         best = forward_seconds(takes, self._choose_within(self._budget.nbytes), self._rates)
@@ -596,7 +597,7 @@ class Offloader(hooks.Attached):
         if not self.in_forward():
             return  # it never began
         try:
-            self._block_time.end_forward(completed)
+            self._block_times.end_forward(completed)
             self._recover()
             self._step_time.end_forward(completed)
             if self._activations is not None:
@@ -725,7 +726,8 @@ class Offloader(hooks.Attached):
     def _rebuild(self) -> None:
         """Another engine, with what the budget says now; a paused one is made when it is used."""
         if self._paused:
-            self.homes.keep_only(self._wanted(self._choose(self._budget)))
+            self.residency = self._choose(self._budget)
+            self.homes.keep_only(self._wanted(self.residency))
             return
         self._pause(keep_homes=True)
         self.resume(exactly=True)
