@@ -136,6 +136,21 @@ def test_plain_blocks_stay_where_the_link_does_not_bind(told: dict[str, Rates]) 
     assert forward_seconds(sizes, now, SLOW_COMPUTE) < forward_seconds(sizes, before, SLOW_COMPUTE)
 
 
+def test_the_block_that_nothing_got_in_the_way_of_says_how_long_all_take(
+    told: dict[str, Rates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def with_compute(_: LearnedRates, compute_s: float) -> Rates:
+        asked.append(compute_s)
+        return SLOW_LINK
+
+    monkeypatch.setattr(LearnedRates, "with_compute", with_compute)
+    model, runtime = streamed(4)
+    run_model(model, 4)
+    assert asked == [pytest.approx(1.0 * len(runtime.bindings))]  # of 1 s and 3 s
+
+
 def test_a_plan_stays_where_another_would_gain_nothing(told: dict[str, Rates]) -> None:
     told["now"] = SLOW_LINK
     model, runtime = streamed(4)
