@@ -21,8 +21,12 @@ ROUNDS = 4
 """Copies, of which the quickest counts."""
 TINY_S = 1e-9
 """Less is not told from nothing."""
-UNPACK_TRAFFIC = 1.7
-"""Bytes that unpacking reads and writes, for each it gives; a copy has 2 (docs/packing.md)."""
+UNPACKED = 1.28
+"""Bytes that unpacking gives in the time in which a copy within the device copies one. It reads and
+writes 1.7, a copy 2, and is 1.09 times as quick (docs/results-packing-h100.md)."""
+BESIDE_COMPUTE = 0.94
+"""Of the link's rate, what copies have beside blocks that compute and unpacking: 50.5 to 52.4 GB/s
+where they have 55.1 alone (docs/results-budget-h100.md)."""
 
 Stamp = torch.cuda.Event | float
 
@@ -131,7 +135,10 @@ class LearnedRates:
 
         over_link = self._quickest(copy)
         within = self._quickest(lambda: beside.copy_(there))
-        self._measured = nbytes / over_link / 1e9, nbytes / within / 1e9 * 2 / UNPACK_TRAFFIC
+        self._measured = (
+            nbytes / over_link / 1e9 * BESIDE_COMPUTE,
+            nbytes / within / 1e9 * UNPACKED,
+        )
 
     def _quickest(self, run: Run) -> float:
         clock = clock_of(self._device)
