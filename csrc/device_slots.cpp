@@ -130,6 +130,7 @@ void DeviceSlots::adopt(int index, int unit, CopyEngine& engine) {
 
 const std::vector<int>& DeviceSlots::holders(int slot) {
   holders_.clear();
+  if (at(slot).unit != kNoUnit) holders_.push_back(slot);  // perhaps of no bytes
   for (const DeviceRange& piece : pieces(slot)) {
     for (const Occupancy::Cell& cell : occupancy_.cells(piece.address, piece.bytes)) {
       const bool known = std::ranges::find(holders_, cell.holder) != holders_.end();
