@@ -17,7 +17,7 @@ std::size_t sum(const std::vector<DeviceRange>& pieces) {
 }
 
 bool overlap(const DeviceRange& a, const DeviceRange& b) {
-  return a.address < b.address + b.bytes && b.address < a.address + a.bytes;
+  return std::max(a.address, b.address) < std::min(a.address + a.bytes, b.address + b.bytes);
 }
 
 bool overlap(const Slot& a, const Slot& b) {
@@ -202,10 +202,13 @@ void DeviceSlots::come_behind_holders(int index) {
   }
 }
 
-// All of it waits for all readers that there are, whatever they read.
+// All of it waits for all readers of slots that have some of its memory. These are settled: one
+// that is not would be a holder.
 void DeviceSlots::come_behind_all(int index) {
+  const Slot& filled = (*this)[index];
   Transfer& transfer = (*this)[index].transfer;
   for (Slot& slot : slots_) {
+    if (!overlap(slot, filled)) continue;
     record_reads(slot);
     come_behind(transfer, slot);
   }
