@@ -27,6 +27,14 @@ bool overlap(const Slot& a, const Slot& b) {
   });
 }
 
+void check_pieces(const std::vector<DeviceRange>& pieces) {
+  for (std::size_t i = 1; i < pieces.size(); ++i) {
+    const bool twice = std::any_of(pieces.begin(), pieces.begin() + static_cast<std::ptrdiff_t>(i),
+                                   [&](const DeviceRange& p) { return overlap(p, pieces[i]); });
+    if (twice) throw UsageError("the pieces of a home share no memory with each other");
+  }
+}
+
 }  // namespace
 
 Slot::Slot(const BackendPtr& backend, std::vector<DeviceRange> ranges)
@@ -53,6 +61,7 @@ void DeviceSlots::add_slot(std::vector<DeviceRange> pieces) {
 
 void DeviceSlots::add_unit(const Home& home, CopyEngine& engine) {
   if (home) {
+    check_pieces(home.pieces);
     add_slot(home.pieces);
     slots_.back().transfer.as_stored = home.as_stored;
     try {
@@ -118,7 +127,7 @@ bool DeviceSlots::filled(int unit) const {
 // The home holds the unit's bytes already.
 void DeviceSlots::adopt(int index, int unit, CopyEngine& engine) {
   if (!holders(index).empty()) {
-    throw UsageError("a home that shares memory with others can't be filled from the beginning");
+    throw UsageError("a home can't be filled from the beginning where another has been filled");
   }
   Slot& slot = (*this)[index];
   slot.transfer.generation = ++slot.generation;
@@ -225,6 +234,7 @@ void DeviceSlots::come_behind(Transfer& transfer, Slot& holder) {
   for (const SlotReader& reader : holder.readers) {
     if (reader.read) transfer.wait_for.push_back(reader.free.handle());
   }
+  if (&holder.transfer == &transfer) return;  // where it was written itself the engine knows
   const StreamHandle unread_on = holder.transfer.unread_on();
   const bool known = std::ranges::find(transfer.behind, unread_on) != transfer.behind.end();
   if (unread_on != 0 && !known) transfer.behind.push_back(unread_on);
