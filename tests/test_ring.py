@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -141,6 +141,8 @@ class Rig:
 class LateReader:
     """A unit's reader on a stream of its own that begins late."""
 
+    unfinished: ClassVar[list[LateReader]] = []  # and what they touch
+
     def __init__(self, rig: Rig, unit: int, seconds: float = 2 * LATE) -> None:
         self.backend = HostBackend()
         self.stream, self.event = self.backend.create_stream(), self.backend.create_event()
@@ -149,6 +151,8 @@ class LateReader:
         hold_up(self.stream, seconds)
         pieces = rig.pieces(unit)
         self.seen = [torch.zeros_like(piece) for piece in pieces]
+        self.memory = rig.memory
+        self.unfinished.append(self)
         for seen, piece in zip(self.seen, pieces, strict=True):
             self.backend.copy_to_device(
                 seen.data_ptr(), piece.data_ptr(), piece.numel(), self.stream
@@ -162,6 +166,15 @@ class LateReader:
     def check(self) -> None:
         self.backend.synchronize(self.event)
         assert torch.equal(torch.cat(self.seen), self.wanted)
+
+
+@pytest.fixture(autouse=True)
+def _readers_end() -> Iterator[None]:
+    """Also those of a test that failed before it had waited for them."""
+    yield
+    while LateReader.unfinished:
+        reader = LateReader.unfinished.pop()
+        reader.backend.synchronize(reader.event)
 
 
 def hold_up(stream: int, seconds: float = LATE) -> None:
