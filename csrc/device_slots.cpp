@@ -17,7 +17,7 @@ std::size_t sum(const std::vector<DeviceRange>& pieces) {
 }
 
 bool overlap(const DeviceRange& a, const DeviceRange& b) {
-  return a.address < b.address + b.bytes && b.address < a.address + a.bytes;
+  return std::max(a.address, b.address) < std::min(a.address + a.bytes, b.address + b.bytes);
 }
 
 bool overlap(const Slot& a, const Slot& b) {
@@ -25,6 +25,14 @@ bool overlap(const Slot& a, const Slot& b) {
     return std::ranges::any_of(b.pieces,
                                [&](const DeviceRange& of_b) { return overlap(of_a, of_b); });
   });
+}
+
+void check_pieces(const std::vector<DeviceRange>& pieces) {
+  for (std::size_t i = 1; i < pieces.size(); ++i) {
+    const bool twice = std::any_of(pieces.begin(), pieces.begin() + static_cast<std::ptrdiff_t>(i),
+                                   [&](const DeviceRange& p) { return overlap(p, pieces[i]); });
+    if (twice) throw UsageError("the pieces of a home share no memory with each other");
+  }
 }
 
 }  // namespace
@@ -53,6 +61,7 @@ void DeviceSlots::add_slot(std::vector<DeviceRange> pieces) {
 
 void DeviceSlots::add_unit(const Home& home, CopyEngine& engine) {
   if (home) {
+    check_pieces(home.pieces);
     add_slot(home.pieces);
     slots_.back().transfer.as_stored = home.as_stored;
     try {
@@ -118,7 +127,7 @@ bool DeviceSlots::filled(int unit) const {
 // The home holds the unit's bytes already.
 void DeviceSlots::adopt(int index, int unit, CopyEngine& engine) {
   if (!holders(index).empty()) {
-    throw UsageError("a home that shares memory with others can't be filled from the beginning");
+    throw UsageError("a home can't be filled from the beginning where another has been filled");
   }
   Slot& slot = (*this)[index];
   slot.transfer.generation = ++slot.generation;
@@ -130,6 +139,7 @@ void DeviceSlots::adopt(int index, int unit, CopyEngine& engine) {
 
 const std::vector<int>& DeviceSlots::holders(int slot) {
   holders_.clear();
+  if (at(slot).unit != kNoUnit) holders_.push_back(slot);  // perhaps of no bytes
   for (const DeviceRange& piece : pieces(slot)) {
     for (const Occupancy::Cell& cell : occupancy_.cells(piece.address, piece.bytes)) {
       const bool known = std::ranges::find(holders_, cell.holder) != holders_.end();
@@ -201,10 +211,13 @@ void DeviceSlots::come_behind_holders(int index) {
   }
 }
 
-// All of it waits for all readers that there are, whatever they read.
+// All of it waits for all readers of slots that have some of its memory. These are settled: one
+// that is not would be a holder.
 void DeviceSlots::come_behind_all(int index) {
+  const Slot& filled = (*this)[index];
   Transfer& transfer = (*this)[index].transfer;
   for (Slot& slot : slots_) {
+    if (!overlap(slot, filled)) continue;
     record_reads(slot);
     come_behind(transfer, slot);
   }
@@ -221,6 +234,7 @@ void DeviceSlots::come_behind(Transfer& transfer, Slot& holder) {
   for (const SlotReader& reader : holder.readers) {
     if (reader.read) transfer.wait_for.push_back(reader.free.handle());
   }
+  if (&holder.transfer == &transfer) return;  // where it was written itself the engine knows
   const StreamHandle unread_on = holder.transfer.unread_on();
   const bool known = std::ranges::find(transfer.behind, unread_on) != transfer.behind.end();
   if (unread_on != 0 && !known) transfer.behind.push_back(unread_on);

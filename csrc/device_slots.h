@@ -97,8 +97,8 @@ class DeviceSlots {
   // Whether its home holds the unit's bytes. True only once nothing is under way.
   [[nodiscard]] bool filled(int unit) const;
 
-  // The slots whose bytes a fill of this one overwrites, each once; itself, where it has some.
-  // Valid until the next call.
+  // The slots whose bytes a fill of this one overwrites, each once; itself, where it has some, or
+  // a unit. Valid until the next call.
   [[nodiscard]] const std::vector<int>& holders(int slot);
   // Starts to bring an image into a slot. Its holders must be settled and unused; they lose what
   // they hold. The slot belongs to `unit` from here on, or to nobody if this throws. `source`: as a

@@ -228,15 +228,17 @@ void Prefetcher::unpack_ahead(int unit, int ahead) {
 }
 
 // Whether a slot may be given up for a unit that is not needed at once: not if what it holds is
-// needed sooner, or will be soon and would have to come over the link again.
+// needed sooner, or will be soon and would have to come over the link again. From a home it has to
+// go in any case before the unit can be read.
 bool Prefetcher::may_take(int slot, int unit, int ahead) {
   if (slot == kNoSlot || !engine_.settled(slots_[slot].transfer)) return false;
+  const bool passing = slot < slots_.passing();
   return std::ranges::all_of(slots_.holders(slot), [&](int holder) {
     if (slots_[holder].users != 0 || !engine_.settled(slots_[holder].transfer)) return false;
     const int held = slots_[holder].unit;
     if (held == kNoUnit) return true;
     const int away = distance(held);
-    return away > distance(unit) && !(needs_link(held) && away < ahead);
+    return away > distance(unit) && !(passing && needs_link(held) && away < ahead);
   });
 }
 

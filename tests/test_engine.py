@@ -235,6 +235,33 @@ def test_units_of_different_sizes_and_none_share_the_slots(device: str) -> None:
             rig.check(unit)
 
 
+def test_units_of_no_bytes_take_slots_of_no_bytes_as_others_take_theirs() -> None:
+    counts = []
+    for nbytes in (0, 1):
+        rig = Rig("cpu", 8, 3, depth=5, sizes=[nbytes] * 8)
+        for unit in [*range(8)] * 3:
+            rig.check(unit)
+        counts.append((rig.engine.stats().cold, rig.engine.stats().fetches))
+    assert counts[0] == counts[1]
+    assert counts[0][0] == 1
+
+
+def test_a_slot_of_no_bytes_whose_fill_failed_is_nobody_s() -> None:
+    for nth in range(1, 8):
+        backend = HostBackend()
+        rig = Rig("cpu", 2, 1, depth=0, sizes=[0, 0], backend=backend)
+        rig.check(0)
+        backend.fail_at(nth)
+        failures = 0
+        for unit in (1, 0, 1):
+            try:
+                rig.check(unit)
+            except OffloadError as error:
+                assert "told to fail" in str(error)
+                failures += 1
+        assert failures <= 1, f"call {nth}"
+
+
 def test_skipped_units_are_not_waited_for() -> None:
     """Of the calls of the backend only a wait waits; there is one, for the unit itself."""
     backend = HostBackend()

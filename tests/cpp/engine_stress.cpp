@@ -43,7 +43,7 @@ class Forwards {
   // Every unit once, in order, one at a time.
   void plain(StreamHandle stream) {
     for (const int unit : order_) {
-      acquire(unit, stream);
+      check(acquire(unit, stream), "a unit is acquired while none is held");
       release_one();
     }
   }
@@ -60,7 +60,10 @@ class Forwards {
     for (const int unit : units) {
       if (random_.chance(end)) break;
       if (random_.chance(skip)) continue;
-      acquire(unit, stream);
+      if (!acquire(unit, stream)) {
+        if (random_.chance(0.5)) release_one();
+        continue;
+      }
       if (random_.chance(0.1)) acquire(unit, other);  // a second user, perhaps on another stream
       if (random_.chance(0.1)) use_elsewhere(other);
       if (random_.chance(0.05)) expect_refusals(stream);
@@ -111,7 +114,12 @@ class Forwards {
     Acquired acquired;
   };
 
-  void acquire(int unit, StreamHandle stream) {
+  // False if another one's use of a part of its memory keeps it out, which changes nothing.
+  bool acquire(int unit, StreamHandle stream) {
+    if (has_held_rival(unit)) {
+      expect_refusal(unit, stream);
+      return false;
+    }
     const Acquired acquired = world_.prefetcher().acquire(unit, stream);
     ++acquires_;
     for (const Held& held : held_) {
@@ -120,6 +128,19 @@ class Forwards {
     world_.read(unit, acquired, stream);
     if (random_.chance(0.1)) world_.read(unit, acquired, stream);
     held_.push_back({unit, stream, acquired});
+    return true;
+  }
+
+  void expect_refusal(int unit, StreamHandle stream) {
+    Prefetcher& prefetcher = world_.prefetcher();
+    const std::uint64_t fetches = prefetcher.stats().fetches;
+    const std::string text = check_throws<UsageError>(
+        [&] { (void)prefetcher.acquire(unit, stream); }, "acquire what has no room");
+    const std::string begin = "unit " + std::to_string(unit) + " was acquired while unit ";
+    check(text.starts_with(begin), "the error names the unit: " + text);
+    const int rival = std::stoi(text.substr(begin.size()));
+    check(is_held(rival), "the error names one in use: " + text);
+    check_equal(prefetcher.stats().fetches, fetches, "fetches for a unit that is refused");
   }
 
   void release_one() {
@@ -171,6 +192,9 @@ class Forwards {
     check(world_.prefetcher().order() == order_, "the order is the one that was set");
   }
 
+  [[nodiscard]] bool has_held_rival(int unit) const {
+    return std::ranges::any_of(world_.rivals(unit), [&](int rival) { return is_held(rival); });
+  }
   [[nodiscard]] bool is_held(int unit) const {
     return std::any_of(held_.begin(), held_.end(), [&](const Held& h) { return h.unit == unit; });
   }
@@ -195,32 +219,47 @@ class Forwards {
 // What a page-locked unit costs: acquire waits, release records; if it does not live at home, wait
 // for its reader, (poison,) copy, record. A packed one, for each chunk: wait for the staging slot,
 // (poison,) copy, record; wait for that, unpack, record. One whose packed bytes stay at home: wait
-// for the home, unpack each chunk, record that it was read.
+// for the home, unpack each chunk, record that it was read. One that shares its home's memory, at
+// most: each stretch waits for a reader (, is poisoned) and has a copy.
 std::uint64_t calls_of(const World& world, int unit) {
   const Image& image = *world.image(unit);
-  if (world.lives_at_home(unit)) return 2;
-  const std::uint64_t brought = image.plain_bytes() > 0 ? 1 : 0;
   const std::uint64_t poison = world.poison() ? 1 : 0;
-  if (image.packing() == nullptr) return 4 + brought * (1 + poison);
-  const std::uint64_t chunks = image.packing()->chunks.size();
-  if (world.kept(unit)) return 6 + brought * poison + chunks;
-  return 4 + brought * poison + chunks * (6 + poison);
+  const std::uint64_t chunks =
+      image.packing() == nullptr ? 0 : image.packing()->chunks.size() * (6 + poison);
+  if (world.shares(unit)) return 3 + chunks + world.most_stretches(unit) * (2 + poison);
+  if (world.lives_at_home(unit)) return 2;
+  const std::uint64_t room = world.shape().slot_bytes > 0 ? 1 : 0;
+  if (world.kept(unit)) return 5 + room * (1 + poison) + image.packing()->chunks.size();
+  const std::uint64_t copy = image.packing() == nullptr && image.bytes() > 0 ? 1 : 0;
+  return 3 + room * (1 + poison) + copy + chunks;
 }
 
-void check_steady_calls(World& world, std::uint64_t calls, int forwards) {
+// Whether what comes over the link at each use comes without the engine's threads.
+bool only_locked_ones_cross(const World& world) {
+  for (int unit = 0; unit < world.shape().units; ++unit) {
+    const Image& image = *world.image(unit);
+    if (world.crosses(unit) && !image.locked() && image.bytes() > 0) return false;
+  }
+  return true;
+}
+
+// Fetched are those that share memory and, unless the slots keep them, those that pass.
+void check_steady_calls(World& world, std::uint64_t calls, int forwards, bool slots_keep) {
+  if (!only_locked_ones_cross(world)) return;
   std::uint64_t forward = 0;
   std::uint64_t chunks = 0;
   for (int unit = 0; unit < world.shape().units; ++unit) {
     const Image& image = *world.image(unit);
-    const bool crosses = !world.has_home(unit);
-    if (crosses && !image.locked() && image.bytes() > 0) return;
-    forward += calls_of(world, unit);
-    if (crosses && image.packing() != nullptr) chunks += image.packing()->chunks.size();
+    const bool fetched = world.shares(unit) || !slots_keep;
+    forward += fetched ? calls_of(world, unit) : 2;
+    if (fetched && world.crosses(unit) && image.packing() != nullptr) {
+      chunks += image.packing()->chunks.size();
+    }
   }
   // The first chunk in a staging slot waits for none before it.
   const bool enough = chunks == 0 || chunks >= static_cast<std::uint64_t>(world.shape().staging);
   const std::uint64_t wanted = static_cast<std::uint64_t>(forwards) * forward;
-  if (enough) {
+  if (enough && world.sharing_units() == 0) {
     check_equal(calls, wanted, "steady: calls");
   } else {
     check_at_most(calls, wanted, "steady: calls");
@@ -236,30 +275,38 @@ bool some_are_kept(const World& world) {
 
 // Rule 3 and the bytes: in the steady state each unit that does not live at home is fetched once a
 // forward when the slots cannot keep it, never when they can, and nothing is called that the data
-// does not need. Over the link comes only what has no home. Where some are kept packed, which need
-// a slot just for their use, others may find theirs unneeded and stay.
+// does not need. Each that shares its home's memory is fetched once. Over the link comes only what
+// has no home to itself. Where some are kept packed, which need a slot just for their use, others
+// may find theirs unneeded and stay; so they may where some share memory, as these count among
+// those that are fetched ahead.
 void check_steady(World& world, const PrefetchStats& stats, std::uint64_t calls, int forwards) {
   const Shape& shape = world.shape();
   const auto acquires = static_cast<std::uint64_t>(forwards * shape.units);
   const auto passing = static_cast<std::uint64_t>(forwards * world.passing_units());
+  const auto sharing = static_cast<std::uint64_t>(forwards * world.sharing_units());
   const std::uint64_t bytes =
-      static_cast<std::uint64_t>(forwards) * world.bytes_of_passing_images();
+      static_cast<std::uint64_t>(forwards) * world.bytes_of_crossing_images();
   check_equal(stats.acquires, acquires, "steady: acquires");
   check_equal(stats.failures, 0U, "steady: failures");
   check_equal(stats.invalidations, 0U, "steady: invalidations");
   if (shape.slots >= world.passing_units()) {
-    check_equal(stats.fetches, 0U, "steady: fetches of units that stay");
-    check_equal(calls, 2 * acquires, "steady: calls, with nothing to fetch");
-  } else if (shape.slots <= shape.prefetch.depth + 1 && !some_are_kept(world)) {
+    check_equal(stats.fetches, sharing, "steady: fetches, of units that do not stay");
+    check_equal(stats.cold, shape.prefetch.depth == 0 ? sharing : 0U, "steady: cold fetches");
+    check_steady_calls(world, calls, forwards, true);
+  } else if (shape.slots <= shape.prefetch.depth + 1 && !some_are_kept(world) && sharing == 0) {
     check_equal(stats.fetches, passing, "steady: fetches");
     check_equal(stats.bytes_fetched, bytes, "steady: bytes");
     check_equal(stats.cold, shape.prefetch.depth == 0 ? passing : 0U, "steady: cold fetches");
-    check_steady_calls(world, calls, forwards);
+    check_steady_calls(world, calls, forwards, false);
   } else {
     // Some units stay from one forward to the next.
-    check_at_most(stats.fetches, passing, "steady: fetches");
+    check_at_most(sharing, stats.fetches, "steady: fetches of units that share memory");
+    check_at_most(stats.fetches, passing + sharing, "steady: fetches");
     check_at_most(stats.bytes_fetched, bytes, "steady: bytes");
-    if (shape.prefetch.depth > 0) check_equal(stats.cold, 0U, "steady: cold fetches");
+    const bool only_pass = sharing == 0 && !some_are_kept(world);
+    if (shape.prefetch.depth > 0 && only_pass) {
+      check_equal(stats.cold, 0U, "steady: cold fetches");
+    }
   }
 }
 
@@ -267,9 +314,13 @@ void steady(Random& random, World& world, Forwards& forwards, StreamHandle strea
   for (int i = 0; i < 2; ++i) forwards.plain(stream);
   world.reset_stats();
   const std::uint64_t calls = world.backend().calls();
+  const std::uint64_t queries = world.backend().queries();
   const int count = random.between(1, 3);
   for (int i = 0; i < count; ++i) forwards.plain(stream);
   check_steady(world, world.prefetcher().stats(), world.backend().calls() - calls, count);
+  if (only_locked_ones_cross(world)) {
+    check_equal(world.backend().queries(), queries, "steady: the host waits for no event");
+  }
 }
 
 void rough(Random& random, World& world, Forwards& forwards) {

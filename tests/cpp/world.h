@@ -1,6 +1,6 @@
 // A small model on the host backend: images whose bytes are known, plain and packed, in memory and
-// in files, slots, homes, streams, a prefetcher, and kernels that read a slot or a home on a
-// compute stream and are checked afterwards.
+// in files, slots, homes, some of which share memory, streams, a prefetcher, and kernels that read
+// a slot or a home on a compute stream and are checked afterwards.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,9 @@ struct Shape {
   double packed_share = 0;  // of all images
   double home_share = 0;    // of all units
   double kept_share = 0;    // of the packed units with a home: their packed bytes stay there
+  double shared_share = 0;  // of the other homes: they lie in one memory
+  double shared_size = 1;   // of that memory, in slots; 1 or more
+  bool ring = false;        // there, each begins where the one before ends; else they lie anywhere
   int staging = 2;          // slots; 0: the packed bytes of every packed unit stay in a home
   int streams = 1;          // to compute on; 0: the calling thread
   double copy_jitter_us = 0;
@@ -48,8 +51,17 @@ inline void set_bytes(Random& random, Shape& shape, std::size_t slot_bytes) {
   }
 }
 
+inline void set_sharing(Random& random, Shape& shape) {
+  shape.shared_share = random.one_of<double>({0, 0.5, 1, 1});
+  shape.shared_size = 1 + random.one_of<int>({0, 1, 2, 5, 8, 20}) / 4.0;
+  shape.ring = random.chance(0.5);
+  shape.prefetch.least_stretch =
+      random.chance(0.6) ? 1 : random.between<std::size_t>(1, shape.slot_bytes + 1);
+}
+
 // Worlds without slots, and without staging memory, among them.
 inline void set_homes(Random& random, Shape& shape) {
+  set_sharing(random, shape);
   shape.home_share = random.one_of<double>({0, 0, 0.5, 1});
   shape.kept_share = random.one_of<double>({0, 0.5, 1, 1});
   if (shape.home_share == 0) return;
@@ -91,11 +103,13 @@ class World {
             std::make_shared<HostBackend>(HostOptions{0, 0, shape.copy_jitter_us, random.seed()})),
         device_(std::make_shared<HostBackend>(
             HostOptions{0, 0, shape.kernel_jitter_us, random.seed()})) {
+    shared_.assign(std::max<std::size_t>(shared_bytes(), 1), kUntouched);
     for (int unit = 0; unit < shape.units; ++unit) {
       const bool packed = random.chance(shape.packed_share);
       homes_.push_back(new_home(random, packed));
       units_.push_back(new_unit(random, packed, homes_.back().bytes, homes_.back().kept));
     }
+    find_rivals();
     for (int i = 0; i < shape.slots; ++i) slots_.emplace_back(shape.slot_bytes);
     for (int i = 0; i < shape.staging; ++i) staging_.emplace_back(staging_bytes());
     for (int i = 0; i < shape.streams; ++i) streams_.push_back(std::make_unique<Stream>(device_));
@@ -157,20 +171,20 @@ class World {
   // A kernel: copies the unit's bytes out of its slot, in stream order. They are checked later,
   // against what the unit's bytes are now.
   void read(int unit, const Acquired& acquired, StreamHandle stream) {
-    const std::byte* place = nullptr;
-    if (lives_at_home(unit)) {
-      check_equal(acquired.slot, home_slot(unit), "the slot that is the unit's home");
-      place = homes_[index(unit)].memory.data();
-    } else {
-      check_at_most(acquired.slot, shape_.slots - 1, "the slot of a unit");
-      place = slots_[index(acquired.slot)].data();
-    }
     note_crossed(unit);
     Reading& reading =
         readings_.emplace_back(Reading{unit, units_[index(unit)].content, acquired.slot,
                                        std::vector<std::byte>(image(unit)->plain_bytes())});
-    device_->copy_to_device(reinterpret_cast<DeviceAddress>(reading.seen.data()), place,
-                            reading.seen.size(), stream);
+    auto seen = reinterpret_cast<DeviceAddress>(reading.seen.data());
+    std::size_t left = reading.seen.size();
+    for (const DeviceRange& piece : place_of(unit, acquired.slot)) {
+      const std::size_t bytes = std::min(left, piece.bytes);
+      device_->copy_to_device(seen, reinterpret_cast<const std::byte*>(piece.address), bytes,
+                              stream);
+      seen += bytes;
+      left -= bytes;
+    }
+    check_equal(left, 0U, "bytes of a unit that have no place");
   }
   // New bytes for a unit: written over those in memory, or in an image of any kind that fits its
   // home. The change it returns can be repeated until it goes through.
@@ -232,26 +246,34 @@ class World {
   // The memory of the slots goes as soon as the prefetcher says that it may.
   void close() {
     prefetcher_->close();
+    check_untouched();
+    shared_ = {};
     slots_.clear();
     staging_.clear();
     for (UnitHome& home : homes_) home.memory = {};
   }
-  // In worlds where every unit has a home: each crosses the link once until its bytes change. Not
-  // for those where something failed.
+  // In worlds where every unit has a home: each crosses the link once until its bytes change, or
+  // another takes its memory. Not for those where something failed.
   void check_link_bytes() const {
     for (int unit = 0; unit < shape_.units; ++unit) {
       if (!has_home(unit)) return;
     }
     const std::uint64_t bytes = link_bytes_ + prefetcher_->stats().bytes_fetched;
-    check_at_most(bytes, most_link_bytes_, "bytes that crossed the link");
     check_at_most(least_link_bytes_, bytes, "bytes that must have crossed the link");
+    if (fetches_are_known()) check_at_most(bytes, most_link_bytes_, "bytes that crossed the link");
   }
-  // Once closed: what was read at home, or from there, is there. Not if something failed.
+  // Once closed: what was read at home, or from there, is there, unless it may have had to go
+  // since. Not if something failed.
   void check_homes() const {
     for (int unit = 0; unit < shape_.units; ++unit) {
+      const UnitHome& home = homes_[index(unit)];
       const bool filled = prefetcher_->home_filled(unit);
       if (!has_home(unit)) check(!filled, "no home is filled");
-      if (has_home(unit) && homes_[index(unit)].crossed) check(filled, "the home is filled");
+      const bool known = !shares(unit) || fetches_are_known();
+      if (has_home(unit) && home.crossed && known) check(filled, "the home is filled");
+      for (const int rival : home.rivals) {
+        check(!filled || !prefetcher_->home_filled(rival), "one of two homes is filled");
+      }
     }
   }
   void reset_stats() {
@@ -287,13 +309,31 @@ class World {
   // Packed bytes stay there.
   [[nodiscard]] bool kept(int unit) const { return homes_[index(unit)].kept; }
   [[nodiscard]] bool lives_at_home(int unit) const { return has_home(unit) && !kept(unit); }
-  // Of those that come over the link at each use, if they don't stay in a slot.
-  [[nodiscard]] std::uint64_t bytes_of_passing_images() const {
+  // Units whose homes have memory in common with this one's.
+  [[nodiscard]] const std::vector<int>& rivals(int unit) const {
+    return homes_[index(unit)].rivals;
+  }
+  // Whether others are brought to its home, so that it comes over the link at each use.
+  [[nodiscard]] bool shares(int unit) const { return !rivals(unit).empty(); }
+  // Whether its bytes come over the link at each use, if they don't stay in a slot.
+  [[nodiscard]] bool crosses(int unit) const { return !has_home(unit) || shares(unit); }
+  [[nodiscard]] std::uint64_t bytes_of_crossing_images() const {
     std::uint64_t sum = 0;
     for (int unit = 0; unit < shape_.units; ++unit) {
-      if (!has_home(unit)) sum += image(unit)->bytes();
+      if (crosses(unit)) sum += image(unit)->bytes();
     }
     return sum;
+  }
+  // Runs of bytes of its home that are one unit's as a whole, at most.
+  [[nodiscard]] std::size_t most_stretches(int unit) const {
+    std::size_t sum = homes_[index(unit)].pieces.size();
+    for (const int rival : rivals(unit)) sum += 2 * homes_[index(rival)].pieces.size();
+    return sum;
+  }
+  [[nodiscard]] int sharing_units() const {
+    int count = 0;
+    for (int unit = 0; unit < shape_.units; ++unit) count += shares(unit) ? 1 : 0;
+    return count;
   }
   // Units that need a slot for each use.
   [[nodiscard]] int passing_units() const {
@@ -321,14 +361,20 @@ class World {
     Content content;                    // its bytes now
     std::vector<PackedTensor> tensors;  // of a packed one
   };
-  // Memory of its own on the device, for the unit's plain bytes or its packed ones.
+  struct Run {
+    std::size_t begin, bytes;
+  };
+  // Memory of its own on the device, for the unit's plain bytes or its packed ones; or, for plain
+  // bytes, pieces of the memory that is shared.
   struct UnitHome {
     bool there;
     std::size_t bytes;              // that may be used; of the slots, if there is no home
-    std::vector<std::byte> memory;  // not empty, even if no byte of it is used
+    std::vector<std::byte> memory;  // not empty, even if no byte of it is used, if it is its own
     bool kept = false;
-    bool filled = false;   // to be given to the next prefetcher as filled
-    bool crossed = false;  // the bytes of now have come over the link, or been adopted
+    std::vector<Run> pieces{};  // of the shared memory
+    std::vector<int> rivals{};  // who has some of the same bytes
+    bool filled = false;        // to be given to the next prefetcher as filled
+    bool crossed = false;       // the bytes of now have come over the link, or been adopted
   };
   struct Reading {
     int unit;
@@ -337,6 +383,7 @@ class World {
     std::vector<std::byte> seen;  // stays where it is when the list grows
   };
 
+  static constexpr std::byte kUntouched{0xD5};
   static std::size_t index(int number) { return static_cast<std::size_t>(number); }
   static Content random_content(Random& random, std::size_t bytes) {
     return std::make_shared<const std::vector<std::byte>>(pattern(random.seed(), bytes));
@@ -352,7 +399,7 @@ class World {
   [[nodiscard]] std::size_t staging_bytes() const { return shape_.slot_bytes + 4096; }
 
   // As large as what comes first may need, or larger.
-  UnitHome new_home(Random& random, bool packed) const {
+  UnitHome new_home(Random& random, bool packed) {
     const bool kept =
         packed && shape_.slots > 0 && (shape_.staging == 0 || random.chance(shape_.kept_share));
     const bool must = shape_.slots == 0 || (packed && shape_.staging == 0);
@@ -361,8 +408,104 @@ class World {
     const std::size_t bytes =
         random.chance(0.5) ? shape_.slot_bytes + (kept ? 4096 : 0)
                            : std::max(least, random.between<std::size_t>(0, shape_.slot_bytes));
-    std::vector<std::byte> memory(std::max<std::size_t>(bytes, 1), std::byte{0xD5});
-    return {true, bytes, std::move(memory), kept};
+    if (!kept && random.chance(shape_.shared_share)) {
+      return {true, bytes, {}, false, shared_place(random, bytes, packed)};
+    }
+    return {true, bytes, std::vector(std::max<std::size_t>(bytes, 1), kUntouched), kept};
+  }
+
+  [[nodiscard]] std::size_t shared_bytes() const {
+    return static_cast<std::size_t>(static_cast<double>(shape_.slot_bytes) * shape_.shared_size);
+  }
+  // Packed images are unpacked to one run, at a multiple of 16.
+  std::vector<Run> shared_place(Random& random, std::size_t bytes, bool packed) {
+    if (shape_.ring) return place_in_ring(bytes, packed);
+    const std::size_t room = shared_bytes() - bytes;
+    if (packed) return {{random.between<std::size_t>(0, room / 16) * 16, bytes}};
+    return place_anywhere(random, bytes, random.between<std::size_t>(1, 4));
+  }
+  std::vector<Run> place_in_ring(std::size_t bytes, bool packed) {
+    std::size_t begin = packed ? (ring_end_ + 15) / 16 * 16 : ring_end_;
+    if (begin >= shared_bytes() || (packed && begin + bytes > shared_bytes())) begin = 0;
+    const std::size_t first = std::min(bytes, shared_bytes() - begin);
+    ring_end_ = first < bytes ? bytes - first : begin + bytes;
+    if (first == bytes) return {{begin, bytes}};
+    return {{begin, first}, {0, bytes - first}};
+  }
+  // Pieces, perhaps some of no bytes, that don't overlap, in any order.
+  std::vector<Run> place_anywhere(Random& random, std::size_t bytes, std::size_t count) const {
+    const auto sorted = [&](std::size_t most, std::size_t numbers) {
+      std::vector<std::size_t> result;
+      while (result.size() < numbers) result.push_back(random.between<std::size_t>(0, most));
+      std::sort(result.begin(), result.end());
+      return result;
+    };
+    auto ends = sorted(bytes, count - 1);
+    ends.push_back(bytes);
+    const auto gaps = sorted(shared_bytes() - bytes, count);
+    std::vector<Run> pieces;
+    std::size_t done = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      pieces.push_back({gaps[i] + done, ends[i] - done});
+      done = ends[i];
+    }
+    random.shuffle(pieces);
+    return pieces;
+  }
+  void find_rivals() {
+    for (int one = 0; one < shape_.units; ++one) {
+      for (int other = 0; other < shape_.units; ++other) {
+        if (one == other || !overlap(homes_[index(one)].pieces, homes_[index(other)].pieces)) {
+          continue;
+        }
+        homes_[index(one)].rivals.push_back(other);
+      }
+    }
+  }
+  static bool overlap(const std::vector<Run>& some, const std::vector<Run>& others) {
+    for (const Run& a : some) {
+      for (const Run& b : others) {
+        if (std::max(a.begin, b.begin) < std::min(a.begin + a.bytes, b.begin + b.bytes)) {
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+  [[nodiscard]] std::vector<DeviceRange> place_of_home(const UnitHome& home) const {
+    if (home.pieces.empty()) {
+      return {{reinterpret_cast<DeviceAddress>(home.memory.data()), home.bytes}};
+    }
+    std::vector<DeviceRange> place;
+    for (const Run& piece : home.pieces) {
+      place.push_back({reinterpret_cast<DeviceAddress>(shared_.data() + piece.begin), piece.bytes});
+    }
+    return place;
+  }
+  // Where an acquired unit is to be read.
+  [[nodiscard]] std::vector<DeviceRange> place_of(int unit, int slot) const {
+    if (lives_at_home(unit)) {
+      check_equal(slot, home_slot(unit), "the slot that is the unit's home");
+      return place_of_home(homes_[index(unit)]);
+    }
+    check_at_most(slot, shape_.slots - 1, "the slot of a unit");
+    return {{reinterpret_cast<DeviceAddress>(slots_[index(slot)].data()), shape_.slot_bytes}};
+  }
+  // Of the shared memory, what is nobody's place is as it was.
+  void check_untouched() const {
+    std::vector<bool> used(shared_.size());
+    for (const UnitHome& home : homes_) {
+      for (const Run& piece : home.pieces) {
+        std::fill_n(used.begin() + static_cast<std::ptrdiff_t>(piece.begin), piece.bytes, true);
+      }
+    }
+    for (std::size_t i = 0; i < shared_.size(); ++i) {
+      check(used[i] || shared_[i] == kUntouched, "nothing is written where no home is");
+    }
+  }
+  // Whether each fetch is one that an acquire could not do without.
+  [[nodiscard]] bool fetches_are_known() const {
+    return shape_.prefetch.depth == 0 || sharing_units() == 0;
   }
   [[nodiscard]] int home_slot(int unit) const {
     int slot = shape_.slots;
@@ -372,24 +515,25 @@ class World {
   void add_unit(int unit) {
     UnitHome& home = homes_[index(unit)];
     Home given;
-    if (has_home(unit)) {
-      given = {{{reinterpret_cast<DeviceAddress>(home.memory.data()), home.bytes}},
-               home.kept,
-               home.filled};
-    }
+    if (has_home(unit)) given = {place_of_home(home), home.kept, home.filled};
     check_equal(prefetcher_->add_unit(image(unit), given), unit, "the number of a unit");
     home.crossed = home.filled;
-    if (!home.filled) most_link_bytes_ += image(unit)->bytes();
+    if (!home.filled && !shares(unit)) most_link_bytes_ += image(unit)->bytes();
   }
 
   void note_changed(int unit) {
     homes_[index(unit)].crossed = false;
-    most_link_bytes_ += image(unit)->bytes();
+    if (!shares(unit)) most_link_bytes_ += image(unit)->bytes();
   }
+  // It is read now. Who shares its memory has to come again.
   void note_crossed(int unit) {
     UnitHome& home = homes_[index(unit)];
-    if (!home.crossed) least_link_bytes_ += image(unit)->bytes();
+    if (!home.crossed) {
+      least_link_bytes_ += image(unit)->bytes();
+      if (shares(unit)) most_link_bytes_ += image(unit)->bytes();
+    }
     home.crossed = true;
+    for (const int rival : home.rivals) homes_[index(rival)].crossed = false;
   }
 
   // `room`: for its plain bytes, or, if they are kept, for its packed ones.
@@ -410,7 +554,10 @@ class World {
   // Of a kind that may take the unit's place.
   Unit another_unit(int unit, Random& random) {
     const UnitHome& home = homes_[index(unit)];
-    const bool packed = home.kept || (shape_.staging > 0 && random.chance(shape_.packed_share));
+    const bool fits =
+        home.pieces.empty() || (home.pieces.size() == 1 && home.pieces[0].begin % 16 == 0);
+    const bool packed =
+        home.kept || (fits && shape_.staging > 0 && random.chance(shape_.packed_share));
     return new_unit(random, packed, home.bytes, home.kept);
   }
   // What may be written over the unit's bytes in memory, and the plain bytes of that: packed ones
@@ -460,6 +607,8 @@ class World {
   // Apart, so that a write beyond one is seen.
   std::vector<std::vector<std::byte>> slots_;
   std::vector<std::vector<std::byte>> staging_;
+  std::vector<std::byte> shared_;       // by homes; each lies at the same place all the time
+  std::size_t ring_end_ = 0;            // where the next one begins, in a ring
   std::vector<UnitHome> homes_;         // by unit
   std::uint64_t link_bytes_ = 0;        // that crossed the link until the stats were reset
   std::uint64_t most_link_bytes_ = 0;   // of what has been to be brought to homes so far
