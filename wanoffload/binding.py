@@ -44,11 +44,14 @@ class Structure:
     """What a block consisted of when last looked at, so that a change is seen quickly."""
 
     def __init__(self, block: nn.Module) -> None:
+        self._block = block
         modules = list(block.modules())
         self._children = [(module._modules, tuple(module._modules.values())) for module in modules]
         self._parameters = [(module._parameters, len(module._parameters)) for module in modules]
 
-    def unchanged(self) -> bool:
+    def unchanged(self, block: nn.Module) -> bool:
+        if block is not self._block:
+            return False
         for modules, children in self._children:
             if tuple(modules.values()) != children:
                 return False
@@ -98,6 +101,9 @@ class Binding(hooks.Attached):
         self._held: tuple[int, int, int] | None = None  # slot, generation, stream
         self._direct = False  # entered without the model's forward
         self._structure: Structure | None = None
+        self._hangs: tuple[nn.Module, str] | None = None  # where in its block a part stands
+        if unit.module is not unit.block:
+            self._hangs = units.place_below_adapters(unit.block, unit.module)
         self._fingerprint: int | None = None
         self._spoilt = False  # the slot was found to hold other bytes
         self._outdated = False  # the engine has packed bytes of before a write
@@ -291,9 +297,20 @@ class Binding(hooks.Attached):
         for parameters, key, number in self._places:
             if parameters.get(key) is not self.weights[number]:
                 self._take_in(number)
-        if self._structure is None or not self._structure.unchanged():
-            self._take_in_structure()
-            self._structure = Structure(self.unit.module)
+        top = self._top()
+        if self._structure is None or not self._structure.unchanged(top):
+            self._take_in_structure(top)
+            self._structure = Structure(top)
+
+    def _top(self) -> nn.Module:
+        """The module, with the adapters that came to stand around it."""
+        if self._hangs is None:
+            return self.unit.module
+        parent, key = self._hangs
+        below = top = parent._modules.get(key)
+        while below is not None and below is not self.unit.module:
+            below = below._modules.get(units.BASE_LAYER)
+        return self.unit.module if top is None or below is None else top
 
     def _take_in(self, number: int) -> None:
         """Copies the value of a replaced entry into the image, under a host tensor of its own.
@@ -337,12 +354,12 @@ class Binding(hooks.Attached):
         assert isinstance(new, Tensor)
         return new
 
-    def _take_in_structure(self) -> None:
+    def _take_in_structure(self, top: nn.Module) -> None:
         """Moves what was added to the block (LoRA adapters, buffers) to the device, to stay."""
         device = self.offloader.device
         weights = {id(weight) for weight in self.weights}
         known = self.offloader.residents
-        for prefix, owner, in_adapter in _walk(self.unit.module):
+        for prefix, owner, in_adapter in _walk(top):
             for key, parameter in owner._parameters.items():
                 if parameter is None or id(parameter) in weights:
                     continue
@@ -514,7 +531,7 @@ def _walk(block: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """(prefix, module, whether it is part of an adapter layer such as PEFT's) of each module."""
     adapters: list[str] = []
     for name, module in block.named_modules():
-        if "base_layer" in module._modules:
-            adapters.append(f"{name}.")
+        if units.BASE_LAYER in module._modules:
+            adapters.append(f"{name}." if name else "")
         prefix = f"{name}." if name else ""
         yield prefix, module, any(prefix.startswith(adapter) for adapter in adapters)

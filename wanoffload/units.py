@@ -45,6 +45,8 @@ class Unit:
     block: nn.Module
 
 
+BASE_LAYER = "base_layer"
+"""How PEFT's layers name the module that they stand around."""
 LEAST_PART = 1 / 50
 """Of a block: what is smaller is no part of its own, it stays on the device."""
 MOST_REST = 1 / 10
@@ -113,7 +115,23 @@ def _called(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called(f"{name}.{key}", child)
         else:
-            yield f"{name}.{key}", child
+            yield _below_adapters(f"{name}.{key}", child)
+
+
+def _below_adapters(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The module that adapters stand around, if any do: they may go, and it stays."""
+    while (base := module._modules.get(BASE_LAYER)) is not None:
+        name, module = f"{name}.{BASE_LAYER}", base
+    return name, module
+
+
+def place_below_adapters(block: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
+    """The module of a block, and the name in it, where a part stands: alone or below adapters."""
+    for parent in block.modules():
+        for key, child in parent._modules.items():
+            if child is module:
+                return (parent, key) if key != BASE_LAYER else place_below_adapters(block, parent)
+    raise AssertionError("the part is not in its block")
 
 
 def _nbytes(module: nn.Module) -> int:
