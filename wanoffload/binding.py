@@ -406,12 +406,20 @@ class Binding(hooks.Attached):
     # A forward of the block.
 
     def compiling(self) -> None:
+        """It is about to be compiled: nothing is to be done."""
+
+    def compiled(self) -> None:
         """It is fetched in front of the compiled call from here on: nothing is to be done."""
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Brings the weights to the device (the stream waits, not the host), points at them."""
-        offloader = self.offloader
-        direct = offloader.begin_block(self.name)
+        self.begin(args, kwargs)
+        self.bring()
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What comes before: looks whether it may be, and takes in what was changed. That can end
+        the engine, so where parts are used together all of them begin before one is brought."""
+        direct = self.offloader.begin_block(self.name)
         if self._held is not None and not direct:
             raise ConcurrentForwardError(f"{self.name} was called inside of its own forward")
         try:
@@ -422,6 +430,14 @@ class Binding(hooks.Attached):
             self.take_in_changes()
             if self._outdated:
                 self.settle()
+        except BaseException:
+            self._end()
+            raise
+
+    def bring(self) -> None:
+        """The rest of enter."""
+        offloader = self.offloader
+        try:
             if offloader.paused:  # what was packed anew did not fit the engine's memory
                 offloader.resume()
             stream = offloader.compute_stream()
@@ -433,22 +449,24 @@ class Binding(hooks.Attached):
             for parameters, key, number in self._places:
                 parameters[key] = views[number]
         except BaseException:
-            self.recover()
-            if direct:
-                offloader.end_block()
+            self._end()
             raise
 
     def exit(self) -> None:
         """Points back at the host and lets the slot go once the stream has got this far."""
-        direct, self._direct = self._direct, False
         try:
             if self._held is not None and self.offloader.verify:
                 slot, generation, _ = self._held
                 self._verify(slot, generation, "after use")
         finally:
-            self.recover()
-            if direct:
-                self.offloader.end_block()
+            self._end()
+
+    def _end(self) -> None:
+        """However far it came."""
+        direct, self._direct = self._direct, False
+        self.recover()
+        if direct:
+            self.offloader.end_block()
 
     def recover(self) -> None:
         """Ends what an enter began, however far it came. Idempotent."""
