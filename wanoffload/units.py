@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from wanoffload.host_tensor import HostTensor
 
 BLOCK, PART, AUTO = "block", "part", "auto"
 """Granularities: what a unit is. AUTO: parts where the budget is too small for blocks."""
+CALLED = {BLOCK: "blocks", PART: "parts of blocks"}
+"""In what is said of units."""
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -82,6 +84,11 @@ def find_units(model: nn.Module, granularity: str = BLOCK) -> list[Unit]:
             "children holds modules with parameters of their own"
         )
     return units
+
+
+def granularity_of(found: Sequence[Unit]) -> str:
+    """What these units are."""
+    return PART if any(unit.module is not unit.block for unit in found) else BLOCK
 
 
 def entries_of(module: nn.Module) -> Iterator[Entry]:
