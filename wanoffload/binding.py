@@ -44,11 +44,14 @@ class Structure:
     """What a block consisted of when last looked at, so that a change is seen quickly."""
 
     def __init__(self, block: nn.Module) -> None:
+        self._block = block
         modules = list(block.modules())
         self._children = [(module._modules, tuple(module._modules.values())) for module in modules]
         self._parameters = [(module._parameters, len(module._parameters)) for module in modules]
 
-    def unchanged(self) -> bool:
+    def unchanged(self, block: nn.Module) -> bool:
+        if block is not self._block:
+            return False
         for modules, children in self._children:
             if tuple(modules.values()) != children:
                 return False
@@ -98,6 +101,9 @@ class Binding(hooks.Attached):
         self._held: tuple[int, int, int] | None = None  # slot, generation, stream
         self._direct = False  # entered without the model's forward
         self._structure: Structure | None = None
+        self._hangs: tuple[nn.Module, str] | None = None  # where in its block a part stands
+        if unit.module is not unit.block:
+            self._hangs = units.place_below_adapters(unit.block, unit.module)
         self._fingerprint: int | None = None
         self._spoilt = False  # the slot was found to hold other bytes
         self._outdated = False  # the engine has packed bytes of before a write
@@ -291,9 +297,20 @@ class Binding(hooks.Attached):
         for parameters, key, number in self._places:
             if parameters.get(key) is not self.weights[number]:
                 self._take_in(number)
-        if self._structure is None or not self._structure.unchanged():
-            self._take_in_structure()
-            self._structure = Structure(self.unit.module)
+        top = self._top()
+        if self._structure is None or not self._structure.unchanged(top):
+            self._take_in_structure(top)
+            self._structure = Structure(top)
+
+    def _top(self) -> nn.Module:
+        """The module, with the adapters that came to stand around it."""
+        if self._hangs is None:
+            return self.unit.module
+        parent, key = self._hangs
+        below = top = parent._modules.get(key)
+        while below is not None and below is not self.unit.module:
+            below = below._modules.get(units.BASE_LAYER)
+        return self.unit.module if top is None or below is None else top
 
     def _take_in(self, number: int) -> None:
         """Copies the value of a replaced entry into the image, under a host tensor of its own.
@@ -337,12 +354,12 @@ class Binding(hooks.Attached):
         assert isinstance(new, Tensor)
         return new
 
-    def _take_in_structure(self) -> None:
+    def _take_in_structure(self, top: nn.Module) -> None:
         """Moves what was added to the block (LoRA adapters, buffers) to the device, to stay."""
         device = self.offloader.device
         weights = {id(weight) for weight in self.weights}
         known = self.offloader.residents
-        for prefix, owner, in_adapter in _walk(self.unit.module):
+        for prefix, owner, in_adapter in _walk(top):
             for key, parameter in owner._parameters.items():
                 if parameter is None or id(parameter) in weights:
                     continue
@@ -389,12 +406,20 @@ class Binding(hooks.Attached):
     # A forward of the block.
 
     def compiling(self) -> None:
+        """It is about to be compiled: nothing is to be done."""
+
+    def compiled(self) -> None:
         """It is fetched in front of the compiled call from here on: nothing is to be done."""
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Brings the weights to the device (the stream waits, not the host), points at them."""
-        offloader = self.offloader
-        direct = offloader.begin_block(self.name)
+        self.begin(args, kwargs)
+        self.bring()
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What comes before: looks whether it may be, and takes in what was changed. That can end
+        the engine, so where parts are used together all of them begin before one is brought."""
+        direct = self.offloader.begin_block(self.name)
         if self._held is not None and not direct:
             raise ConcurrentForwardError(f"{self.name} was called inside of its own forward")
         try:
@@ -405,6 +430,14 @@ class Binding(hooks.Attached):
             self.take_in_changes()
             if self._outdated:
                 self.settle()
+        except BaseException:
+            self._end()
+            raise
+
+    def bring(self) -> None:
+        """The rest of enter."""
+        offloader = self.offloader
+        try:
             if offloader.paused:  # what was packed anew did not fit the engine's memory
                 offloader.resume()
             stream = offloader.compute_stream()
@@ -416,22 +449,24 @@ class Binding(hooks.Attached):
             for parameters, key, number in self._places:
                 parameters[key] = views[number]
         except BaseException:
-            self.recover()
-            if direct:
-                offloader.end_block()
+            self._end()
             raise
 
     def exit(self) -> None:
         """Points back at the host and lets the slot go once the stream has got this far."""
-        direct, self._direct = self._direct, False
         try:
             if self._held is not None and self.offloader.verify:
                 slot, generation, _ = self._held
                 self._verify(slot, generation, "after use")
         finally:
-            self.recover()
-            if direct:
-                self.offloader.end_block()
+            self._end()
+
+    def _end(self) -> None:
+        """However far it came."""
+        direct, self._direct = self._direct, False
+        self.recover()
+        if direct:
+            self.offloader.end_block()
 
     def recover(self) -> None:
         """Ends what an enter began, however far it came. Idempotent."""
@@ -514,7 +549,7 @@ def _walk(block: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """(prefix, module, whether it is part of an adapter layer such as PEFT's) of each module."""
     adapters: list[str] = []
     for name, module in block.named_modules():
-        if "base_layer" in module._modules:
-            adapters.append(f"{name}.")
+        if units.BASE_LAYER in module._modules:
+            adapters.append(f"{name}." if name else "")
         prefix = f"{name}." if name else ""
         yield prefix, module, any(prefix.startswith(adapter) for adapter in adapters)

@@ -46,6 +46,7 @@ class BlockBinding(Protocol):
     def own(self, output: Any) -> Any: ...
     def exit(self) -> None: ...
     def compiling(self) -> None: ...
+    def compiled(self) -> None: ...
     def moving(self, fn: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]: ...
 
 
@@ -81,7 +82,7 @@ def install_on_whole(block: nn.Module, binding: BlockBinding) -> None:
     block.__dict__["_apply"] = functools.partial(_apply, block)
     block.__dict__["compile"] = functools.partial(_compile, block)
     if block._compiled_call_impl is not None:
-        binding.compiling()
+        binding.compiled()
         _hook_compiled_call(block)
 
 
@@ -258,8 +259,9 @@ def _compile(block: nn.Module, /, *args: Any, **kwargs: Any) -> None:
     if binding is None:
         return type(block).compile(block, *args, **kwargs)
     binding.compiling()
+    type(block).compile(block, *args, **kwargs)  # if it fails, all is as it was
     unhook_forward(block)
-    type(block).compile(block, *args, **kwargs)
+    binding.compiled()
     _hook_compiled_call(block)
     return None
 

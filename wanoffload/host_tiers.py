@@ -45,7 +45,7 @@ class HostPlan:
 
     `shared`: units whose images another process has filled: they take no memory of this one.
     `packed`: units whose images are packed. `sizes`: bytes of the images; of those that are still
-    to be packed, an estimate.
+    to be packed, an estimate. `called`: what units are.
     """
 
     tiers: tuple[str, ...]
@@ -54,6 +54,7 @@ class HostPlan:
     shared: frozenset[int] = frozenset()
     packed: frozenset[int] = frozenset()
     sizes: tuple[int, ...] = ()
+    called: str = "blocks"
 
     def takes_memory(self, unit: int) -> bool:
         """Whether the unit's image is new memory of the host."""
@@ -79,6 +80,7 @@ def assign(
     why_not_in_files: Sequence[str | None],
     shared: frozenset[int] = frozenset(),
     packed: frozenset[int] = frozenset(),
+    called: str = "blocks",
 ) -> HostPlan:
     """The tier of each unit, in the order in which they are used.
 
@@ -94,6 +96,7 @@ def assign(
         why_not_in_files: for each unit, what keeps it from standing in a file; None: nothing.
         shared: units whose images are in memory already, filled by another process.
         packed: units whose images are packed.
+        called: what units are, for messages.
 
     Raises:
         WrapError: "disk", and a unit can't stand in a file.
@@ -101,11 +104,12 @@ def assign(
     """
     if choice.kind == AUTO:
         limit = room if choice.budget is None else min(room, choice.budget)
-        tiers = _automatic(what, sizes, limit, min(limit, lockable), why_not_in_files, shared)
+        lockable = min(limit, lockable)
+        tiers = _automatic(what, sizes, limit, lockable, why_not_in_files, shared, called)
     else:
         tiers = (choice.kind,) * len(sizes)
         _check_files(choice, why_not_in_files)
-    plan = HostPlan(tiers, ring_bytes(sizes, tiers), "", shared, packed, tuple(sizes))
+    plan = HostPlan(tiers, ring_bytes(sizes, tiers), "", shared, packed, tuple(sizes), called)
     need = host_bytes(sizes, plan)
     if choice.budget is not None and need > choice.budget:
         raise HostMemoryError(
@@ -145,6 +149,7 @@ def _automatic(
     lockable: int,
     why_not: Sequence[str | None],
     shared: frozenset[int],
+    called: str,
 ) -> tuple[str, ...]:
     sizes = [0 if unit in shared else size for unit, size in enumerate(sizes)]
     everything = [unit for unit in range(len(sizes)) if unit not in shared]
@@ -161,7 +166,7 @@ def _automatic(
     least = min(host_bytes(sizes, HostPlan(t, ring_bytes(sizes, t), "")) for t in tried)
     reason = next((text for text in why_not if text is not None), None)
     raise HostMemoryError(
-        f"{what}: its {len(sizes)} blocks, {gb(sum(sizes))} in all, need at least {gb(least)} of "
+        f"{what}: its {len(sizes)} {called}, {gb(sum(sizes))} in all, need at least {gb(least)} of "
         f"host memory; {gb(max(limit, 0))} may be taken. Free host memory or raise host_budget"
         + (f"; what is on disk needs none, but {reason}" if reason else "")
     )
@@ -195,7 +200,7 @@ def _sentence(sizes: Sequence[int], plan: HostPlan) -> str:
     for tier, words in ((PINNED, "page-locked"), (PAGEABLE, "pageable"), (DISK, "on disk")):
         chosen = [s for s, own in zip(sizes, plan.tiers, strict=True) if own == tier]
         if chosen:
-            parts.append(f"{len(chosen)} of {len(sizes)} blocks {words} ({gb(sum(chosen))})")
+            parts.append(f"{len(chosen)} of {len(sizes)} {plan.called} {words} ({gb(sum(chosen))})")
     ring = f", through a pinned ring of {gb(plan.ring_bytes)}" if plan.ring_bytes else ""
     shared = f"; {len(plan.shared)} of them shared" if plan.shared else ""
     packed = f"; {len(plan.packed)} of them packed" if plan.packed else ""

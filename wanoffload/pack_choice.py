@@ -36,6 +36,7 @@ class Packable:
     `plain`: bytes of their images. `packed`: about what they take packed, None for one in which
     nothing can be packed. `why_not_in_files`: why plain images of the model can't stand in files;
     None: they can. `cached`: the cache file, if it is there; `to_be_cached`: one is to be written.
+    `called`: what units are.
     """
 
     plain: Sequence[int]
@@ -43,6 +44,7 @@ class Packable:
     why_not_in_files: str | None = None
     cached: Cached | None = None
     to_be_cached: bool = False
+    called: str = "blocks"
 
     @property
     def units(self) -> frozenset[int]:
@@ -86,25 +88,25 @@ def choose(
             "leave pack out, or load the model with torch_dtype=torch.bfloat16"
         )
     if of.cached is not None:
-        return _as_cached(pack, of.cached, of.units)
+        return _as_cached(pack, of.cached, of)
     if pack == AUTO_PACK:
         packed, why = _automatic(of, host, room, lockable)
         return (of.units if packed else frozenset()), why
     share = float(pack or 0)
     units = evenly(round(share * len(of.plain)), len(of.plain)) & of.units
-    return units, f"packed: {len(units)} of {len(of.plain)} blocks, as asked" if units else ""
+    return units, f"packed: {len(units)} of {len(of.plain)} {of.called}, as asked" if units else ""
 
 
-def _as_cached(pack: Pack, cached: Cached, can_be: frozenset[int]) -> tuple[frozenset[int], str]:
+def _as_cached(pack: Pack, cached: Cached, of: Packable) -> tuple[frozenset[int], str]:
     packed = cached.packed_units
-    if (pack is not None and pack == 0 and packed) or (pack == 1 and packed != can_be):
+    if (pack is not None and pack == 0 and packed) or (pack == 1 and packed != of.units):
         there = f"{len(packed)} of {len(cached.packed)}" if packed else "no"
         raise CacheFileError(
             f"the cache file {cached.path} holds {there} packed images, and pack={bool(pack)} asks "
             f"for {'packed' if pack else 'plain'} ones. Leave pack out to use it as it is, give "
             "another path, or delete the file to have it written anew."
         )
-    what = f"packed: {len(packed)} of {len(cached.packed)} blocks" if packed else "plain"
+    what = f"packed: {len(packed)} of {len(cached.packed)} {of.called}" if packed else "plain"
     return packed, f"{what}, as in the cache file" if packed or pack is not None else ""
 
 

@@ -132,8 +132,8 @@ class Placing:
         if budget is not None and need > budget:
             raise HostMemoryError(
                 f"{self._units[number].name} packs into {nbytes} bytes, more than was expected: "
-                f"with it the blocks take {gb(need)} of host memory ({need} bytes); host_budget is "
-                f"{gb(budget)} ({budget} bytes): raise it"
+                f"with it the {self.plan.called} take {gb(need)} of host memory ({need} bytes); "
+                f"host_budget is {gb(budget)} ({budget} bytes): raise it"
                 + ("" if self._host.kind == AUTO else ", or choose host='auto'")
             )
 

@@ -80,7 +80,8 @@ class Residency:
         slot_bytes: of the largest unit that passes through slots.
         staging_bytes: of one staging slot; 0 if nothing packed comes over the link, not even once.
         device_bytes: everything: others, slots, staging, residents, as the allocator counts it.
-        streamed_bytes: over the link in each forward. 0 where all that pass have a slot each.
+        streamed_bytes: over the link in each forward. 0 where all that pass have a slot each; of
+            parts, those that stand on bytes of others in the ring.
         decoded_bytes: plain bytes unpacked in each forward.
         seconds: of a forward, predicted; None without rates.
         sentence: the above for the log.

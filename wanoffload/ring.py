@@ -8,7 +8,7 @@ by piece, so a ring need not hold parts as a whole to be kept busy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
@@ -64,7 +64,7 @@ def ring_of(parts: tuple[tuple[int, ...], ...], ahead: int) -> Ring:
     """
     if ahead == 0:
         return Ring(max(map(sum, parts), default=0), tuple(_row(pieces, 0) for pieces in parts))
-    least = _least(parts, ahead)
+    least = least_bytes(parts, ahead)
     step = max(ALIGNMENT, int(least * STEP) // ALIGNMENT * ALIGNMENT)
     open_end: Ring | None = None
     for nbytes in count(-(-least // step) * step, step):
@@ -79,12 +79,30 @@ def ring_of(parts: tuple[tuple[int, ...], ...], ahead: int) -> Ring:
     raise AssertionError("there is no end to the sizes")
 
 
-def _least(parts: Sequence[Sequence[int]], ahead: int) -> int:
+def least_bytes(parts: Sequence[Sequence[int]], ahead: int) -> int:
+    """No ring of these parts is smaller: what a part and those ahead take together."""
     sizes = [sum(pieces) for pieces in parts]
     together = min(ahead + 1, len(sizes))
     return max(
         sum(sizes[(first + i) % len(sizes)] for i in range(together)) for first in range(len(sizes))
     )
+
+
+def overwritten(places: Mapping[int, Place]) -> set[int]:
+    """The parts that have bytes in common with others: each forward fetches them again."""
+    row = sorted(
+        (piece.start, piece.start + piece.nbytes, number)
+        for number, place in places.items()
+        for piece in place
+    )
+    found: set[int] = set()
+    end, last = 0, -1  # of what has come in the row, the farthest end and whose it is
+    for start, stop, number in row:
+        if start < end:
+            found.update((last, number))
+        if stop > end:
+            end, last = stop, number
+    return found
 
 
 def _row(pieces: Sequence[int], start: int) -> Place:

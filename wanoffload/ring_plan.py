@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from wanoffload.errors import WrapError
 from wanoffload.image import ImageLayout
 from wanoffload.policy.packed import CHUNK_BYTES, STAGING_SLOTS
 from wanoffload.residency import ALIGN_BYTES, Residency, UnitBytes, allocated, evenly
-from wanoffload.ring import Ring, cut, ring_of
+from wanoffload.ring import Ring, cut, least_bytes, overwritten, ring_of
 from wanoffload.sizes import gb
 from wanoffload.units import Unit
 
@@ -78,13 +77,12 @@ def choose_parts(
     for ahead in aheads:
         if planner.bytes_with(frozenset(), ahead) <= budget:
             return planner.plan(planner.fitting(budget, ahead), ahead, prefetch, said)
-    raise WrapError(_too_little(planner, budget, prefetch, aheads[-1]))
+    raise WrapError(_too_little(planner, budget, prefetch, together))
 
 
-def _too_little(planner: _Planner, budget: int, prefetch: int | None, ahead: int) -> str:
-    need = planner.bytes_with(frozenset(), ahead)
+def _too_little(planner: _Planner, budget: int, prefetch: int | None, together: bool) -> str:
+    need, least = (planner.least(asked, together) for asked in (prefetch, None))
     with_it = "" if prefetch is None else f" with prefetch={prefetch}"
-    least = planner.bytes_with(frozenset(), planner.aheads(None, False)[-1])
     instead = f", or prefetch=None: {least:,} bytes are enough" if least < need else ""
     return (
         f"the weights take at least {need:,} bytes ({gb(need)}) of the device{with_it}, part by "
@@ -108,6 +106,12 @@ class _Planner:
             return sorted({2 * most - 1, most - 1}, reverse=True)
         return [DEFAULT_AHEAD, 0]
 
+    def least(self, prefetch: int | None, together: bool) -> int:
+        """Bytes of the smallest budget that is enough."""
+        everything = frozenset(range(len(self.parts)))
+        ahead = self.aheads(prefetch, together)[-1]
+        return min(self.bytes_with(everything, 0), self.bytes_with(frozenset(), ahead))
+
     def _blocks(self) -> list[list[int]]:
         """The parts of each block, in the order of use."""
         blocks: dict[int, list[int]] = {}
@@ -116,16 +120,20 @@ class _Planner:
         return list(blocks.values())
 
     def ring(self, resident: frozenset[int], ahead: int) -> Ring:
-        row = [self.parts[n] for n in self.order if n not in resident]
-        if not row:
-            return Ring(0, ())
+        row = self._row(resident)
+        return ring_of(row, ahead) if row else Ring(0, ())
+
+    def _row(self, resident: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+        """The bytes of the pieces of what does not stay, in the order of use."""
+        row = (self.parts[n] for n in self.order if n not in resident)
         # Packed bytes are unpacked to one run of addresses.
-        pieces = tuple((p.takes.plain,) if p.takes.packed else p.pieces for p in row)
-        return ring_of(pieces, ahead)
+        return tuple((p.takes.plain,) if p.takes.packed else p.pieces for p in row)
 
     def bytes_with(self, resident: frozenset[int], ahead: int) -> int:
         """On the device, all together, as the allocator counts them."""
-        ring = self.ring(resident, ahead).nbytes
+        return self._taken(resident, self.ring(resident, ahead).nbytes)
+
+    def _taken(self, resident: frozenset[int], ring: int) -> int:
         staging = self.staging(resident)
         return (
             self.others
@@ -143,33 +151,40 @@ class _Planner:
         return min(max(packed, default=0), self.largest_chunk)
 
     def fitting(self, budget: int, ahead: int) -> frozenset[int]:
-        """The parts that stay."""
-        blocks = self._blocks()
-        whole = self._as_many_as_fit(blocks, 0.0, frozenset(), budget, ahead)
-        rest = [block for block in blocks if whole.isdisjoint(block)]
-        singles = [[max(block, key=lambda n: self.parts[n].takes.plain)] for block in rest]
-        return self._as_many_as_fit(singles, 0.5, whole, budget, ahead)
+        """The parts that stay: of the choices that fit, those beside which least passes. The
+        choices do not depend on the budget, so a larger one never has more pass."""
+        return next(
+            resident
+            for resident in self._choices()
+            if self._at_least(resident, ahead) <= budget
+            and self.bytes_with(resident, ahead) <= budget
+        )
 
-    def _as_many_as_fit(
-        self,
-        groups: list[list[int]],
-        shift: float,
-        resident: frozenset[int],
-        budget: int,
-        ahead: int,
-    ) -> frozenset[int]:
-        """With as many groups more as fit, evenly spaced. The ring may change with what passes
-        through it, so the first guess can be too high."""
-        room = budget - self.bytes_with(resident, ahead)
-        largest_first = sorted((sum(map(self._home, group)) for group in groups), reverse=True)
-        some = sum(taken <= room for taken in accumulate(largest_first))
-        while some > 0:
-            more = (n for at in evenly(some, len(groups), shift) for n in groups[at])
-            wider = resident.union(more)
-            if self.bytes_with(wider, ahead) <= budget:
-                return wider
-            some -= 1
-        return resident
+    def _choices(self) -> list[frozenset[int]]:
+        """What may stay, those first beside which least passes: any number of blocks, evenly
+        spaced, with as many single parts of others as take less than one block more."""
+        blocks = self._blocks()
+        most = max(sum(map(self._home, block)) for block in blocks)
+        choices = []
+        for some in range(len(blocks) + 1):
+            whole = frozenset(n for at in evenly(some, len(blocks)) for n in blocks[at])
+            rest = [block for block in blocks if whole.isdisjoint(block)]
+            largest = [max(block, key=lambda n: self.parts[n].takes.plain) for block in rest]
+            for more in range(len(largest) + 1):
+                singles = [largest[at] for at in evenly(more, len(largest), 0.5)]
+                if singles and sum(map(self._home, singles)) >= most:
+                    break
+                choices.append(whole.union(singles))
+        return sorted(choices, key=self._passing)
+
+    def _passing(self, resident: frozenset[int]) -> int:
+        """Bytes over the link, of the parts that do not stay."""
+        return sum(p.takes.stored for n, p in enumerate(self.parts) if n not in resident)
+
+    def _at_least(self, resident: frozenset[int], ahead: int) -> int:
+        """On the device, all together, if the ring were as small as can be."""
+        row = self._row(resident)
+        return self._taken(resident, least_bytes(row, ahead) if row else 0)
 
     def plan(
         self, resident: frozenset[int], ahead: int, prefetch: int | None, budget: str
@@ -177,7 +192,8 @@ class _Planner:
         ring = self.ring(resident, ahead)
         streams = [n for n in self.order if n not in resident]
         nbytes = self.bytes_with(resident, ahead)
-        takes = [self.parts[n].takes for n in streams]
+        places = dict(zip(streams, ring.places, strict=True))
+        takes = [self.parts[n].takes for n in overwritten(places)]
         return Residency(
             resident=resident,
             kept_packed=frozenset(),
@@ -191,7 +207,7 @@ class _Planner:
             seconds=None,
             sentence=f"{self._words(resident, ring)}; {gb(nbytes)} of the device, {budget}",
             ring_bytes=ring.nbytes,
-            places=dict(zip(streams, ring.places, strict=True)),
+            places=places,
         )
 
     def _words(self, resident: frozenset[int], ring: Ring) -> str:

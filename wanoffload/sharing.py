@@ -11,7 +11,7 @@ from wanoffload._C import HostStore
 from wanoffload.image import ImageLayout
 from wanoffload.packing import most_bytes
 from wanoffload.shared_arena import SharedArena
-from wanoffload.units import Unit
+from wanoffload.units import Unit, granularity_of
 from wanoffload.weights import Weights
 
 
@@ -35,6 +35,7 @@ def joined(
         return
     identity = {
         "model": f"{type(module).__module__}.{type(module).__qualname__}",
+        "granularity": granularity_of(units),
         "units": [[unit.name, _table(own)] for unit, own in zip(units, layouts, strict=True)],
         "packed blocks": sorted(packed),
         "weights": weights.identity(units, layouts),

@@ -29,9 +29,12 @@ class Together(hooks.Attached):
         self._inside = ExitStack()
 
     def compiling(self) -> None:
-        """The block is about to be compiled, or is already. Raises WrapError if the budget is too
-        small to hold it as a whole."""
+        """The block is about to be compiled. Raises WrapError, and nothing has changed, if the
+        budget is too small to hold it as a whole."""
         self._offloader.use_together()
+
+    def compiled(self) -> None:
+        """It is: its parts fetch nothing from here on."""
         for part in self._parts:
             hooks.unhook_forward(part.unit.module)
 
@@ -39,8 +42,10 @@ class Together(hooks.Attached):
         """As of a Binding, for all parts."""
         with ExitStack() as stack:
             for part in self._parts:
-                part.enter(args, kwargs)
+                part.begin(args, kwargs)
                 stack.callback(part.exit)
+            for part in self._parts:
+                part.bring()
             self._inside = stack.pop_all()
 
     def own(self, output: Any) -> Any:

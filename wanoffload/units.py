@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from wanoffload.host_tensor import HostTensor
 
 BLOCK, PART, AUTO = "block", "part", "auto"
 """Granularities: what a unit is. AUTO: parts where the budget is too small for blocks."""
+CALLED = {BLOCK: "blocks", PART: "parts of blocks"}
+"""In what is said of units."""
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -45,6 +47,8 @@ class Unit:
     block: nn.Module
 
 
+BASE_LAYER = "base_layer"
+"""How PEFT's layers name the module that they stand around."""
 LEAST_PART = 1 / 50
 """Of a block: what is smaller is no part of its own, it stays on the device."""
 MOST_REST = 1 / 10
@@ -82,6 +86,11 @@ def find_units(model: nn.Module, granularity: str = BLOCK) -> list[Unit]:
     return units
 
 
+def granularity_of(found: Sequence[Unit]) -> str:
+    """What these units are."""
+    return PART if any(unit.module is not unit.block for unit in found) else BLOCK
+
+
 def entries_of(module: nn.Module) -> Iterator[Entry]:
     """Every place in a module (and below) where a parameter stands."""
     for prefix, owner in module.named_modules():
@@ -113,7 +122,23 @@ def _called(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called(f"{name}.{key}", child)
         else:
-            yield f"{name}.{key}", child
+            yield _below_adapters(f"{name}.{key}", child)
+
+
+def _below_adapters(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The module that adapters stand around, if any do: they may go, and it stays."""
+    while (base := module._modules.get(BASE_LAYER)) is not None:
+        name, module = f"{name}.{BASE_LAYER}", base
+    return name, module
+
+
+def place_below_adapters(block: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
+    """The module of a block, and the name in it, where a part stands: alone or below adapters."""
+    for parent in block.modules():
+        for key, child in parent._modules.items():
+            if child is module:
+                return (parent, key) if key != BASE_LAYER else place_below_adapters(block, parent)
+    raise AssertionError("the part is not in its block")
 
 
 def _nbytes(module: nn.Module) -> int:

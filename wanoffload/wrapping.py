@@ -32,7 +32,16 @@ from wanoffload.shared_arena import SharedArena, check_name
 from wanoffload.sharing import joined
 from wanoffload.together import wholes
 from wanoffload.units import AUTO as AUTO_GRANULARITY
-from wanoffload.units import BLOCK, PART, Unit, check_wrappable, find_units, tie_key
+from wanoffload.units import (
+    BLOCK,
+    CALLED,
+    PART,
+    Unit,
+    check_wrappable,
+    find_units,
+    granularity_of,
+    tie_key,
+)
 from wanoffload.weights import OwnTensors, Weights
 
 logger = logging.getLogger(__name__)
@@ -311,6 +320,7 @@ def _look_at_packing(weights: Weights, units: list[Unit], layouts: list[ImageLay
         why_not_in_files=why_not_in_files(packed=False),
         cached=weights.cached(units, layouts),
         to_be_cached=why_not_in_files(packed=True) is None,
+        called=CALLED[granularity_of(units)],
     )
 
 
@@ -339,7 +349,8 @@ def _plan(
     packing = max((layouts[n].nbytes for n in packed), default=0)
     room, lockable = (size - packing for size in _room(weights, units, layouts))
     reasons = [weights.why_not_in_files(units[n], n in packed) for n in numbers]
-    plan = assign(what, sizes, host, room, lockable, reasons, shared, packed)
+    called = CALLED[granularity_of(units)]
+    plan = assign(what, sizes, host, room, lockable, reasons, shared, packed, called)
     logger.info("%s: %s", what, plan.sentence)
     return plan
 
@@ -396,8 +407,9 @@ def _bring_into_memory(runtime: Offloader, target: torch.device) -> None:
         host_memory.require(largest, "bringing a block into own memory, on its way,")
     if missing and target.type == "cpu":
         taken = sum(binding.owning_takes - binding.owning_gives for binding in missing)
+        called = runtime.host_plan.called
         total = max(0, taken + max(binding.owning_gives for binding in missing))
-        host_memory.require(total, f"bringing {len(missing)} blocks into own memory")
+        host_memory.require(total, f"bringing {len(missing)} {called} into own memory")
         if any(binding.packed for binding in missing):
             runtime.pause()  # so that packed bytes go one by one, as nobody else has them
         for binding in missing:

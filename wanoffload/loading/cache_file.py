@@ -6,7 +6,7 @@ docs/cache-file.md is the format.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +25,7 @@ from wanoffload.loading.cache_header import (
     json_bytes,
 )
 from wanoffload.loading.cache_identity import Identity, Source
+from wanoffload.units import BLOCK, CALLED, PART
 
 _REMEDY = "Give another path, or delete the file to have it written anew."
 
@@ -75,6 +76,7 @@ class CacheFile:
             self.refuse(reason)
 
     def _other_units(self, wanted: dict[str, ImageLayout]) -> Iterator[str]:
+        yield from _other_granularity(self.units.keys(), wanted.keys())
         for name in sorted(wanted.keys() ^ self.units.keys()):
             yield f"only {'the model' if name in wanted else 'the file'} has a unit {name}"
         for name, layout in wanted.items():
@@ -158,6 +160,17 @@ def _bytes(file: SourceFile, offset: int, nbytes: int) -> bytes:
     place = torch.empty(nbytes, dtype=torch.uint8)
     FileImage([(file, offset, nbytes, 0)], nbytes).read(0, nbytes, place.data_ptr())
     return place.numpy().tobytes()
+
+
+def _other_granularity(held: Collection[str], asked: Collection[str]) -> Iterator[str]:
+    """A sentence, if units of these names are blocks on one side and parts of them on the other."""
+    for blocks, parts, there, here in ((held, asked, BLOCK, PART), (asked, held, PART, BLOCK)):
+        starts = tuple(f"{name}." for name in blocks)
+        if any(name.startswith(starts) for name in parts):
+            yield (
+                f"it holds {CALLED[there]}, and {CALLED[here]} are asked for "
+                f"(granularity={there!r} fits it)"
+            )
 
 
 def _differences(cached: ImageLayout, wanted: ImageLayout) -> Iterator[str]:

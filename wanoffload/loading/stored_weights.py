@@ -109,7 +109,7 @@ class StoredWeights:
         self._direct = host_memory.to_be_had() < needed + in_files
         host_memory.require(
             needed,
-            f"loading {type(self._module).__name__} ({len(units)} blocks of "
+            f"loading {type(self._module).__name__} ({len(units)} {plan.called} of "
             f"{total / 1e9:.2f} GB in all: {plan.sentence})",
         )
 

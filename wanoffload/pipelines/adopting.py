@@ -35,6 +35,7 @@ class Found:
             self.prefetch,
             device=self.runtime.device,
             vram_budget=self.budget,
+            granularity=self.runtime.granularity,
             host=self._host(),
             pack=self.pack,
             verify=self.runtime.verify,
@@ -68,7 +69,9 @@ def why_not(module: nn.Module, device: torch.device, *, is_dit: bool) -> str | N
         return "is wrapped already, and closed"
     if runtime.before_forward is not None:
         return "is streamed by another pipeline that is enabled (disable that one, if it is there)"
-    if inside != {id(module), *(id(binding.unit.module) for binding in runtime.bindings)}:
+    known = [module, *(binding.unit.module for binding in runtime.bindings)]
+    known += [whole.block for whole in runtime.together]
+    if inside != set(map(id, known)):
         return "was changed since it was wrapped: blocks were exchanged, or wrapped by themselves"
     if runtime.device != device:
         return f"is wrapped already, for {runtime.device} and not for {device}"
