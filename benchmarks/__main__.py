@@ -27,7 +27,7 @@ from benchmarks import (
     wrapping,
 )
 from benchmarks.budget import picture
-from benchmarks.contenders import DIFFUSERS_LEVELS, OURS_BY_TIER, RESIDENT
+from benchmarks.contenders import DIFFUSERS_LEVELS, OURS_BY_TIER, OURS_IN_PARTS, RESIDENT
 from benchmarks.harness import ROOT, ResultStore, Session, say
 from benchmarks.models import MODELS
 
@@ -94,7 +94,7 @@ def print_list() -> None:
         slow = [f"{size} (only by --sizes)" for size in spec.slow_sizes]
         print(f"  {spec.name:10} {', '.join([*map(str, spec.sizes), *slow])}")
     print("contenders:")
-    for name in (RESIDENT, *OURS_BY_TIER, *DIFFUSERS_LEVELS):
+    for name in (RESIDENT, *OURS_BY_TIER, *OURS_IN_PARTS, *DIFFUSERS_LEVELS):
         print(f"  {name}")
 
 
