@@ -101,9 +101,11 @@ def print_list() -> None:
 def draw_picture(session: Session) -> None:
     """Of the newest rows of the chosen model."""
     options = session.options
-    made = picture.charts(session.store, options.model)
-    if not made:
-        session.failures.append(f"{PICTURE}: {session.store.path} has no steps under budgets")
+    made = picture.compose(session.store, options.model)
+    if made.warning:
+        say(f"{PICTURE}: {made.warning}")
+    if not made.charts:
+        session.failures.append(f"{PICTURE}: {session.store.path} has no steps to be drawn")
         return
     try:
         picture.draw(made, options.picture)
