@@ -27,7 +27,7 @@ from benchmarks import (
     wrapping,
 )
 from benchmarks.budget import picture
-from benchmarks.contenders import DIFFUSERS_LEVELS, OURS_BY_TIER, RESIDENT
+from benchmarks.contenders import DIFFUSERS_LEVELS, OURS_BY_TIER, OURS_IN_PARTS, RESIDENT
 from benchmarks.harness import ROOT, ResultStore, Session, say
 from benchmarks.models import MODELS
 
@@ -94,16 +94,18 @@ def print_list() -> None:
         slow = [f"{size} (only by --sizes)" for size in spec.slow_sizes]
         print(f"  {spec.name:10} {', '.join([*map(str, spec.sizes), *slow])}")
     print("contenders:")
-    for name in (RESIDENT, *OURS_BY_TIER, *DIFFUSERS_LEVELS):
+    for name in (RESIDENT, *OURS_BY_TIER, *OURS_IN_PARTS, *DIFFUSERS_LEVELS):
         print(f"  {name}")
 
 
 def draw_picture(session: Session) -> None:
     """Of the newest rows of the chosen model."""
     options = session.options
-    made = picture.charts(session.store, options.model)
-    if not made:
-        session.failures.append(f"{PICTURE}: {session.store.path} has no steps under budgets")
+    made = picture.compose(session.store, options.model)
+    if made.warning:
+        say(f"{PICTURE}: {made.warning}")
+    if not made.charts:
+        session.failures.append(f"{PICTURE}: {session.store.path} has no steps to be drawn")
         return
     try:
         picture.draw(made, options.picture)

@@ -27,6 +27,8 @@ OURS_BY_TIER = (  # disk: only in the case loading
     f"{OURS}-pageable-pN",
     f"{OURS}-packed-pageable-pN",
 )
+OURS_IN_PARTS = (f"{OURS}-parts", f"{OURS}-packed-parts")  # also with -pN
+BLOCK, PART = "block", "part"
 DIFFUSERS_LEVELS: dict[str, dict[str, Any]] = {
     "diffusers-block-stream": {"offload_type": "block_level", "num_blocks_per_group": 1},
     "diffusers-leaf-stream": {"offload_type": "leaf_level"},
@@ -35,7 +37,10 @@ DIFFUSERS_LEVELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Counters:
-    """What an offloader says it has done since it began, and what it holds."""
+    """What an offloader says it has done since it began, and what it holds.
+
+    ``units``: what it streams, one for each block or more.
+    """
 
     acquires: int
     fetches: int
@@ -45,6 +50,7 @@ class Counters:
     locked_bytes: int
     slot_bytes: int
     ring_bytes: int
+    units: int
 
 
 class Contender(Protocol):
@@ -77,20 +83,23 @@ class Wanoffload:
 
     ``prefetch`` None: as many as the plan within ``vram_budget`` takes. ``host`` is the tier:
     page-locked or ordinary memory, or the checkpoint on disk. ``pack``: the blocks stand packed.
+    ``granularity``: BLOCK, or PART: parts of blocks are streamed, and fetched ahead.
     """
 
     prefetch: int | None
     host: str = "pinned"
     pack: bool = False
+    granularity: str = BLOCK
     needs_gpu: bool = False
 
     @property
     def name(self) -> str:
-        """For example ``wanoffload-p2``, or ``wanoffload-packed-pageable-p2``."""
+        """As ``wanoffload-p2``, ``wanoffload-packed-pageable-p2``, ``wanoffload-parts``."""
         form = "-packed" if self.pack else ""
         kind = "" if self.host == "pinned" else f"-{self.host}"
+        unit = "-parts" if self.granularity == PART else ""
         ahead = "" if self.prefetch is None else f"-p{self.prefetch}"
-        return f"{OURS}{form}{kind}{ahead}"
+        return f"{OURS}{form}{kind}{unit}{ahead}"
 
     def fingerprint(self, label: str | None) -> str:
         """A hash of the sources, or the label."""
@@ -101,7 +110,12 @@ class Wanoffload:
         import wanoffload
 
         wanoffload.wrap(
-            model, prefetch=self.prefetch, device=device, host=self.host, pack=self.pack
+            model,
+            prefetch=self.prefetch,
+            device=device,
+            granularity=self.granularity,
+            host=self.host,
+            pack=self.pack,
         )
 
     def load(
@@ -122,6 +136,7 @@ class Wanoffload:
             torch_dtype=torch.bfloat16,
             prefetch=self.prefetch,
             device=device,
+            granularity=self.granularity,
             host=self.host,
             pack=self.pack,
             **options,
@@ -172,13 +187,18 @@ class DiffusersGroupOffload:
 
 def by_name(name: str) -> Contender:
     """The contender that the command line calls ``name``."""
-    ours = re.fullmatch(rf"{OURS}(-packed)?(?:-(pageable|disk))?-p(\d+)", name)
+    ours = re.fullmatch(rf"{OURS}(-packed)?(?:-(pageable|disk))?(?=-p)(-parts)?(?:-p(\d+))?", name)
     if ours is not None:
-        packed, host, prefetch = ours.groups()
-        return Wanoffload(int(prefetch), host or "pinned", packed is not None)
+        packed, host, parts, prefetch = ours.groups()
+        return Wanoffload(
+            int(prefetch) if prefetch else None,
+            host or "pinned",
+            packed is not None,
+            PART if parts else BLOCK,
+        )
     if name in DIFFUSERS_LEVELS:
         return DiffusersGroupOffload(name)
-    known = ", ".join((RESIDENT, *OURS_BY_TIER, *DIFFUSERS_LEVELS))
+    known = ", ".join((RESIDENT, *OURS_BY_TIER, *OURS_IN_PARTS, *DIFFUSERS_LEVELS))
     raise ValueError(f"no contender is called {name!r}; there are {known}")
 
 

@@ -143,6 +143,7 @@ class Session:
     device: torch.device
     machine: str
     failures: list[str] = field(default_factory=list)
+    stopped: bool = False  # at the deadline
 
     def find(self, case: str, key: Key, fingerprint: str) -> Row | None:
         """The stored row that makes a new measurement needless, or None."""
@@ -164,6 +165,7 @@ class Session:
         deadline = self.options.deadline
         if deadline is None or elapsed() < deadline:
             return False
+        self.stopped = True
         self.failures.append(f"stopped at the deadline of {deadline:g} s; run again to go on")
         return True
 

@@ -67,4 +67,6 @@ def _run_part(
         verified &= row.verified
         for claim in values["claims"]:
             say(f"{part} {brief(key)}: {Claim(**claim)}")
+    if session.stopped:
+        return  # the next run goes on
     session.record(case, whole, fingerprint, {"verified": verified, "complete": True})

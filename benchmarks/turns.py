@@ -143,13 +143,13 @@ class Measure:
 def fetches_are_right(
     before: Counters, after: Counters, forwards: int, blocks: int, streamed: int | None = None
 ) -> bool:
-    """Whether every block was acquired in every forward, and its bytes came over the link.
+    """Whether every block, or part of it, was acquired in every forward, and its bytes came.
 
     An output can be right although the hooks are dead, if the weights happen to be elsewhere.
     ``streamed``: bytes of each forward where some blocks stay on the device; None: all blocks'.
     """
     fetched = after.bytes_fetched - before.bytes_fetched
-    acquired = after.acquires - before.acquires == forwards * blocks
+    acquired = after.acquires - before.acquires == forwards * max(blocks, after.units)
     # Up to as much as the slots hold was there before, and is there ahead of time after; where
     # they hold everything, nothing has to come twice.
     each = after.host_bytes if streamed is None else streamed

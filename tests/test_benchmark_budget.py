@@ -13,10 +13,10 @@ import torch
 pytest.importorskip("diffusers")
 
 from benchmarks import __main__ as command
-from benchmarks import budget, contenders, models
+from benchmarks import budget, contenders, models, step_bench
 from benchmarks.budget import bench as budget_bench
-from benchmarks.budget import ceiling, peers, picture, predicted, steps, tables
-from benchmarks.harness import ResultStore, Row, Spread
+from benchmarks.budget import ceiling, parts, peers, picture, predicted, steps, tables
+from benchmarks.harness import ResultStore, Row, Session, Spread
 from benchmarks.loading.claims import AT_MOST, WITHIN, Claim
 from benchmarks.packing.bench import PACKED, PLAIN
 from benchmarks.predictions import inputs_of_prediction
@@ -113,26 +113,90 @@ def test_mixed_shapes_run_under_a_budget_and_under_an_automatic_one(results: Pat
     assert auto.values["stayed"][1] == TINY.config["num_layers"]
 
 
+@pytest.mark.parametrize("size", [str(size) for size in TINY.sizes])
+def test_parts_of_blocks_are_measured_beside_blocks_and_the_resident_model(
+    results: Path, size: str
+) -> None:
+    found = [row for row in rows(results, "parts") if row.key["size"] == size]
+    names = ["resident", "wanoffload-p2", "wanoffload-parts", "wanoffload-packed-parts"]
+    assert [row.key["contender"] for row in found] == names  # the peer's streams need a GPU
+    resident, blocks, plain, packed = (row.values for row in found)
+    assert resident["device_bytes"] == models.model_bytes(TINY).all
+    assert (blocks["units"], plain["units"], packed["units"]) == (6, 18, 18)
+    assert blocks["ring_bytes"] == 0
+    for values in (plain, packed):
+        assert 0 < values["ring_bytes"] <= values["slot_bytes"] < values["device_bytes"]
+        assert values["slot_bytes"] < blocks["slot_bytes"] / 2
+    assert packed["staging_bytes"] > plain["staging_bytes"] == 0
+    for values in (resident, blocks, plain, packed):
+        step_ms = values["step_ms"]["median"]
+        assert values["x_resident"] == pytest.approx(step_ms / resident["step_ms"]["median"])
+        assert values["x_blocks"] == pytest.approx(step_ms / blocks["step_ms"]["median"])
+        assert values["equal"]
+        assert values["fetches_right"]
+
+
+def test_the_peer_has_its_turn_when_parts_are_taken_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    live: list[list[str]] = []
+    close = contenders.Wanoffload.close
+
+    def note(self: contenders.Wanoffload, model: Any) -> None:
+        closed.append(self.name)
+        close(self, model)
+
+    class Peer(step_bench.Resident):
+        """Stands for diffusers' leaf level, which needs a GPU."""
+
+        name = peers.LEAF
+
+        def __init__(self, name: str) -> None:
+            assert name == self.name
+
+        def apply(self, model: torch.nn.Module, device: Any) -> None:
+            live.append([*closed])
+
+    monkeypatch.setattr(contenders.Wanoffload, "close", note)
+    monkeypatch.setattr(parts, "DiffusersGroupOffload", Peer)
+    path = tmp_path / "results.jsonl"
+    assert bench(path, "--parts", "parts") == 0
+    assert live == [[parts.PARTS, parts.PACKED_PARTS]]
+    assert closed == [parts.PARTS, parts.PACKED_PARTS, parts.BLOCKS]
+    found = [row for row in rows(path, "parts") if row.key["contender"] == peers.LEAF]
+    assert [row.key["size"] for row in found] == [str(size) for size in TINY.sizes]
+    for row in found:
+        values = row.values
+        assert row.verified
+        assert values["step_ms"]["count"] == parts.STEPS_OF_LEAF
+        assert values["x_blocks"] == values["step_ms"]["median"] / values["blocks_ms"]
+        assert values["x_resident"] == values["step_ms"]["median"] / values["resident_ms"]
+
+
 def test_the_table_has_a_line_for_each_budget_and_each_thing_asked(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(["table", "--results", str(results), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    asked, by_budget, mixed = (
+    asked, by_budget, mixed, in_parts = (
         printed.split(f"**{title}**")[1].split("\n\n**")[0]
         for title in (
             "Budgets, asked and measured",
             "Steps under a budget",
             "Forwards of mixed shapes",
+            "Parts of blocks, beside whole blocks",
         )
     )
     measured = rows(results, "steps")
-    claims = [claim for row in measured for claim in tables.all_claims(row) if claim.asked]
+    with_claims = [*measured, *rows(results, "parts")]
+    claims = [claim for row in with_claims for claim in tables.all_claims(row) if claim.asked]
     assert asked.count("\n| tiny |") == len(claims)
     assert by_budget.count("\n| tiny |") == len(measured)
     assert by_budget.count("| too small |") == 4
     assert "| 6 + 0 + 0 |" in by_budget
     assert mixed.count("\n| tiny |") == 2
+    assert in_parts.count("\n| tiny |") == 4 * len(TINY.sizes)
 
 
 def test_the_picture_is_a_png_of_the_rows(
@@ -156,7 +220,7 @@ def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
 def test_the_list_names_the_case_and_the_picture(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--list"]) == 0
     printed = capsys.readouterr().out
-    assert "parts: steps, ceiling, peers" in printed
+    assert "parts: steps, ceiling, parts, peers" in printed
     assert "  picture " in printed
 
 
@@ -196,6 +260,65 @@ def test_forwards_that_fetch_another_number_of_bytes_are_not_verified(
     measured = [row for row in rows(path, "steps") if "plan" in row.values]
     assert all(row.values["equal"] for row in measured)
     assert not any(row.verified for row in measured)
+
+
+def test_parts_with_other_bits_are_not_verified_and_the_table_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apply = contenders.Wanoffload.apply
+
+    def spoil(self: contenders.Wanoffload, model: Any, device: Any) -> None:
+        if self.name == "wanoffload-parts":
+            model.get_parameter("blocks.0.ffn.net.2.weight").data[0] += 1
+        apply(self, model, device)
+
+    monkeypatch.setattr(contenders.Wanoffload, "apply", spoil)
+    path = tmp_path / "results.jsonl"
+    assert bench(path, "--parts", "parts", "--frames", "1") == 1
+    found = {row.key["contender"]: row.verified for row in rows(path, "parts")}
+    assert found.pop("wanoffload-parts") is False
+    assert all(found.values())
+    assert command.main(["table", "--results", str(path), "--device", "cpu"]) == 0
+    in_parts = capsys.readouterr().out.split("**Parts of blocks, beside whole blocks**")[1]
+    (wrong,) = [line for line in in_parts.splitlines() if line.endswith("| **no** |")]
+    assert "| wanoffload-parts |" in wrong
+
+
+def test_parts_that_fetch_more_than_their_plan_says_are_not_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = contenders.Wanoffload.counters
+
+    def one_more(self: contenders.Wanoffload, model: torch.nn.Module) -> contenders.Counters:
+        true = counters(self, model)
+        return dataclasses.replace(true, bytes_fetched=true.bytes_fetched + true.forwards)
+
+    monkeypatch.setattr(contenders.Wanoffload, "counters", one_more)
+    path = tmp_path / "results.jsonl"
+    assert bench(path, "--parts", "parts", "--frames", "1") == 1
+    resident, *ours = rows(path, "parts")
+    assert resident.verified
+    assert all(row.values["equal"] and not row.verified for row in ours)
+
+
+def test_a_deadline_keeps_what_was_measured_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.jsonl"
+    out_of_time, asked = Session.out_of_time, []
+
+    def at_the_second_size(self: Session) -> bool:
+        asked.append(self)  # in front of each part, and of each size of this one
+        self.options.deadline = 0.0 if len(asked) == 3 else None
+        return out_of_time(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "out_of_time", at_the_second_size)
+        assert bench(path, "--parts", "parts") == 1
+    assert {row.key["size"] for row in rows(path, "parts")} == {str(TINY.sizes[0])}
+    assert not any(row.values.get("complete") for row in ResultStore(path).rows("budget"))
+    assert bench(path, "--parts", "parts") == 0
+    assert {row.key["size"] for row in rows(path, "parts")} == {str(size) for size in TINY.sizes}
 
 
 def test_running_out_of_memory_is_counted_and_not_verified(
@@ -243,6 +366,7 @@ def test_bounds_are_those_that_were_asked() -> None:
         (PACKED, 17): (3_000_000_000, 1.025),
     }
     assert (ceiling.FORWARDS, ceiling.BUDGET, ceiling.MARGIN) == (200, 8_000_000_000, 1.02)
+    assert (parts.ON_DEVICE, parts.BESIDE_BLOCKS) == (1_150_000_000, 1.02)
 
 
 def test_least_memory_is_measured_in_the_form_and_at_the_size_it_was_asked_of() -> None:
@@ -330,6 +454,78 @@ def test_reserved_memory_is_judged_against_budget_and_activations() -> None:
     assert claim.kept is False
 
 
+BLOCK_GRANULARITY = "block granularity"
+
+
+def part_values(x_blocks: float, gb: float, **more: Any) -> dict[str, Any]:
+    """Of a row of `parts`, as if measured on a GPU."""
+    return {
+        "verified": True,
+        "step_ms": Spread.of([1000 * x_blocks]).as_json(),
+        "resident_ms": 1000.0,
+        "blocks_ms": 1000.0,
+        "x_resident": x_blocks,
+        "x_blocks": x_blocks,
+        "link_gbps": Spread.of([55.0]).as_json(),
+        "device_bytes": round(gb * 1e9),
+        "ring_bytes": 600_000_000,
+        "slot_bytes": 600_000_256,
+        "device_peak_allocated": 0,
+        "device_peak_reserved": 0,
+        **more,
+    }
+
+
+def part_row(contender: str, measured: dict[str, Any], size: str = "480x832x17") -> Row:
+    claims = [claim.as_json() for claim in parts._claims(contender, measured)]
+    key = {"model": "14b", "part": "parts", "size": size, "contender": contender}
+    return Row("budget", key, "code", {**measured, "claims": claims}, "a machine", "now")
+
+
+@pytest.mark.parametrize(
+    ("name", "x_blocks", "gb", "kept"),
+    [
+        (parts.PARTS, 1.02, 1.15, [True, True]),
+        (parts.PARTS, 1.021, 1.15, [False, True]),
+        (parts.PARTS, 1.02, 1.151, [True, False]),
+        (parts.PACKED_PARTS, 1.5, 1.3, []),
+        (peers.LEAF, 1.5, 0.5, []),
+        (parts.BLOCKS, 1.0, 2.63, []),
+        ("resident", 0.2, 28.6, []),
+    ],
+)
+def test_plain_parts_are_asked_to_keep_up_with_blocks_in_less_memory(
+    name: str, x_blocks: float, gb: float, kept: list[bool]
+) -> None:
+    claims = parts._claims(name, part_values(x_blocks, gb))
+    assert [claim.kept for claim in claims if claim.asked] == kept
+    beside = [claim.against_is for claim in claims if claim.what == "step"]
+    assert beside == ([] if name in (parts.BLOCKS, "resident") else [BLOCK_GRANULARITY, "resident"])
+
+
+def test_a_claim_of_parts_that_is_missed_shows_as_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    stored(path, part_row(parts.PARTS, part_values(1.03, 1.2)))
+    assert command.main(["table", "--results", str(path), "--device", "cpu"]) == 0
+    asked = capsys.readouterr().out.split("**Budgets, asked and measured**")[1].split("\n\n**")[0]
+    assert "| 1030 ms | 1000 ms: block granularity | 1.030 | at most 1.02, **missed** |" in asked
+    assert "| 1.2 GB | 1.15 GB: what is asked | 1.043 | at most 1, **missed** |" in asked
+
+
+@pytest.mark.parametrize(
+    ("frames", "asked"), [(None, [1, 17]), ([1], [1]), ([81], [81]), ([1, 17, 81], [1, 17, 81])]
+)
+def test_parts_are_measured_at_81_frames_only_where_that_is_asked_for(
+    frames: list[int] | None, asked: list[int]
+) -> None:
+    made: Any = type("Session", (), {"device": torch.device("cpu")})()
+    made.options = type("Options", (), {"model": "14b", "frames": frames})
+    sizes = budget_bench.BudgetBench(made).asked_sizes
+    assert [size.frames for size in sizes] == asked
+
+
 # The picture.
 
 
@@ -368,7 +564,7 @@ def test_a_chart_has_both_forms_their_floors_and_the_peers(tmp_path: Path) -> No
         step_row("diffusers-leaf-stream", 1_500_000_000, 1190.0),
         step_row("wanoffload-p2", 3_600_000_000, 1010.0),
     ]
-    (chart,) = picture.charts(stored(tmp_path / "rows.jsonl", *given), "14b")
+    (chart,) = picture.compose(stored(tmp_path / "rows.jsonl", *given), "14b").charts
     assert chart.title == "14b, 480x832x17"
     for form in (PLAIN, PACKED):
         assert chart.ours[form] == [picture.Point(4.0, 1200.0), picture.Point(8.0, 1100.0)]
@@ -392,8 +588,76 @@ def test_a_peer_measured_beside_budgets_wins_over_that_of_another_case(tmp_path:
         step_row("diffusers-leaf-stream", 1_500_000_000, 1190.0),
         Row("budget", key, "code", measured, "a machine", "now"),
     ]
-    (chart,) = picture.charts(stored(tmp_path / "rows.jsonl", *given), "14b")
+    (chart,) = picture.compose(stored(tmp_path / "rows.jsonl", *given), "14b").charts
     assert chart.peers == {"diffusers-leaf-stream": picture.Point(0.45, 1020.0)}
+
+
+def test_parts_are_points_beside_the_budgets(tmp_path: Path) -> None:
+    given = [
+        budget_row(PLAIN, values(4_000_000_000), budget="4 GB"),
+        part_row("resident", part_values(0.9, 28.6)),
+        part_row(parts.BLOCKS, part_values(1.0, 2.63)),
+        part_row(parts.PARTS, part_values(1.01, 1.1)),
+        part_row(parts.PACKED_PARTS, part_values(1.2, 1.3)),
+        part_row(peers.LEAF, part_values(1.3, 0.5)),
+    ]
+    made = picture.compose(stored(tmp_path / "rows.jsonl", *given), "14b")
+    (chart,) = made.charts
+    assert chart.parts == {PLAIN: picture.Point(1.1, 1010.0), PACKED: picture.Point(1.3, 1200.0)}
+    assert chart.peers == {peers.LEAF: picture.Point(0.5, 1300.0)}
+    assert chart.ours == {PLAIN: [picture.Point(4.0, 1020.0)]}
+    assert made.warning == ""
+
+
+def test_parts_alone_make_a_picture(tmp_path: Path) -> None:
+    given = [
+        part_row(parts.PARTS, part_values(1.01, 1.1, resident_ms=990.0), size)
+        for size in ("480x832x81", "480x832x1")
+    ]
+    small, large = picture.compose(stored(tmp_path / "rows.jsonl", *given), "14b").charts
+    assert (small.title, large.title) == ("14b, 480x832x1", "14b, 480x832x81")
+    assert small.resident is not None
+    assert small.resident.step_ms == 990.0
+    assert small.ours == {}
+
+
+def test_the_picture_says_how_many_rows_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    wrong = {"verified": False}
+    path = tmp_path / "rows.jsonl"
+    store = stored(
+        path,
+        budget_row(PLAIN, values(4_000_000_000), budget="4 GB"),
+        budget_row(PLAIN, values(8_000_000_000, **wrong), budget="8 GB"),
+        part_row(parts.PARTS, part_values(1.01, 1.1, **wrong)),
+        part_row(peers.LEAF, part_values(1.3, 0.5, **wrong)),
+    )
+    made = picture.compose(store, "14b")
+    (chart,) = made.charts
+    assert chart.ours == {PLAIN: [picture.Point(4.0, 1020.0)]}
+    assert not chart.parts
+    assert not chart.peers
+    assert (made.left_out, made.warning) == (3, "3 rows that are not verified are left out")
+    drawn = tmp_path / "p.png"
+    options = ("--results", str(path), "--picture", str(drawn), "--device", "cpu")
+    assert command.main(["picture", *options]) == 0
+    assert "3 rows that are not verified are left out" in capsys.readouterr().err
+    assert drawn.read_bytes().startswith(PNG)
+
+    stored(path, part_row(parts.PARTS, part_values(1.01, 1.1)))  # measured again, and right
+    assert picture.compose(ResultStore(path), "14b").left_out == 2
+
+
+def test_a_picture_without_any_row_that_is_right_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    stored(path, budget_row(PLAIN, values(4_000_000_000, verified=False), budget="4 GB"))
+    options = ("--results", str(path), "--picture", str(tmp_path / "p.png"), "--device", "cpu")
+    assert command.main(["picture", *options]) == 1
+    assert "1 row that is not verified is left out" in capsys.readouterr().err
 
 
 def test_weights_at_a_peak_are_what_activations_leave() -> None:

@@ -265,16 +265,26 @@ def test_chunks_of_a_packed_block_are_those_of_its_head() -> None:
     assert [(bytes(c.numpy()), count) for c, count in micro._chunks(block)] == expected
 
 
-def test_contenders_are_named_by_form_and_tier() -> None:
-    for name, pack, host in (
-        ("wanoffload-p2", False, "pinned"),
-        ("wanoffload-packed-p2", True, "pinned"),
-        ("wanoffload-packed-pageable-p1", True, "pageable"),
-        ("wanoffload-disk-p3", False, "disk"),
+def test_contenders_are_named_by_form_tier_and_unit() -> None:
+    for name, pack, host, unit, prefetch in (
+        ("wanoffload-p2", False, "pinned", "block", 2),
+        ("wanoffload-packed-p2", True, "pinned", "block", 2),
+        ("wanoffload-packed-pageable-p1", True, "pageable", "block", 1),
+        ("wanoffload-disk-p3", False, "disk", "block", 3),
+        ("wanoffload-parts", False, "pinned", "part", None),
+        ("wanoffload-packed-parts", True, "pinned", "part", None),
+        ("wanoffload-pageable-parts-p3", False, "pageable", "part", 3),
     ):
         made = contenders.by_name(name)
         assert isinstance(made, contenders.Wanoffload)
-        assert (made.name, made.pack, made.host) == (name, pack, host)
+        assert made == contenders.Wanoffload(prefetch, host, pack, unit)
+        assert made.name == name
+
+
+@pytest.mark.parametrize("name", ["wanoffload", "wanoffload-packed", "wanoffload-parts-p"])
+def test_names_that_say_too_little_are_no_contenders(name: str) -> None:
+    with pytest.raises(ValueError, match="no contender is called"):
+        contenders.by_name(name)
 
 
 def test_plans_are_called_by_their_form_and_back() -> None:

@@ -177,6 +177,17 @@ def test_right_output_without_fetches_is_not_verified(
     assert not ours["verified"]
 
 
+def test_parts_of_blocks_are_each_fetched_in_every_forward(results: Path) -> None:
+    assert step(results, "wanoffload-parts,wanoffload-packed-parts-p2") == 0
+    ours = [r for r in ResultStore(results).rows("step") if r.key["contender"] != "resident"]
+    assert [r.key["contender"] for r in ours] == ["wanoffload-parts", "wanoffload-packed-parts-p2"]
+    before = contenders.Counters(0, 0, 0, 0, 6, 0, 1, 0, units=18)
+    after = dataclasses.replace(before, acquires=2 * 18, bytes_fetched=2 * 6)
+    assert turns.fetches_are_right(before, after, forwards=2, blocks=6)
+    blocks_alone = dataclasses.replace(after, acquires=2 * 6)
+    assert not turns.fetches_are_right(before, blocks_alone, forwards=2, blocks=6)
+
+
 def test_one_contenders_failure_does_not_cost_the_others(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

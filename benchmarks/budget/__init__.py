@@ -2,7 +2,8 @@
 
 ``steps``: a model, plain and packed, under one budget after the other, beside the resident model
 and the floor of its plan. ``ceiling``: forwards of mixed shapes, and the most that torch's
-allocator had meanwhile. ``peers``: diffusers' leaf level, whose memory can't be chosen.
+allocator had meanwhile. ``parts``: parts of blocks, plain and packed, beside whole blocks and
+diffusers' leaf level. ``peers``: that leaf level, whose memory can't be chosen, beside the budgets.
 
 ``python -m benchmarks picture`` draws the rows: memory against speed. A row is verified when
 outputs are the resident model's, bit for bit, and forwards fetch what the plan says, to the byte.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Callable
 
-from benchmarks.budget import ceiling, peers, steps
+from benchmarks.budget import ceiling, parts, peers, steps
 from benchmarks.budget.bench import NAME, BudgetBench
 from benchmarks.engine import Found
 from benchmarks.harness import Session
@@ -21,10 +22,11 @@ from benchmarks.parts import run_parts
 
 __all__ = ["HELP", "NAME", "PARTS", "add_options", "run"]
 
-HELP = "steps under budgets of device memory, beside their plans' floor; the ceiling held"
+HELP = "steps under budgets of device memory, beside their plans' floor; parts of blocks"
 PARTS: dict[str, Callable[[BudgetBench], Found]] = {
     "steps": steps.steps,
     "ceiling": ceiling.ceiling,
+    "parts": parts.parts,
     "peers": peers.peers,
 }
 

@@ -6,12 +6,13 @@ import time
 from functools import cached_property
 
 import wanoffload
-from benchmarks.contenders import Contender, Live, Wanoffload
+from benchmarks.contenders import Contender, Live, Wanoffload, by_name
 from benchmarks.engine import is_small
 from benchmarks.harness import Session
 from benchmarks.link import LinkProbe
 from benchmarks.models import Size
 from benchmarks.packing.bench import PACKED, PLAIN, PackingBench
+from benchmarks.turns import FORWARDS_PER_STEP, Measure, Turns
 from wanoffload import residency
 from wanoffload.residency import ROUND_BYTES, UnitBytes, allocated
 
@@ -27,10 +28,14 @@ IDLE_S = 0.02  # an engine that has counted nothing for so long has all that it 
 
 
 class BudgetBench(PackingBench):
-    """One run of the case. Models are wrapped once a form; then their budget is set."""
+    """One run of the case. Models are wrapped once a form; then their budget is set.
+
+    ``asked_sizes``: also larger ones, if ``--frames`` names them.
+    """
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
+        self.asked_sizes = self.sizes[: None if session.options.frames else FIRST_TWO]
         self.sizes = self.sizes[:FIRST_TWO]
 
     @cached_property
@@ -45,8 +50,8 @@ class BudgetBench(PackingBench):
         return super().resident
 
     def contender(self, form: str) -> Contender:
-        """This project, with as many blocks ahead as its plan takes."""
-        return Wanoffload(None, pack=form == PACKED)
+        """This project, with as many blocks ahead as its plan takes; or one by its name."""
+        return Wanoffload(None, pack=form == PACKED) if form in FORMS else by_name(form)
 
     def budgets(self, form: str, size: Size) -> list[int]:
         """In bytes, from the smallest to the largest."""
@@ -83,3 +88,15 @@ def settled_bytes(live: Live) -> int:
         fetched.append(counters.bytes_fetched)
         time.sleep(IDLE_S)
     return fetched[-1]
+
+
+def take_as_planned(measure: Measure, live: Live, turns: Turns) -> None:
+    """One turn; of one that counts, whether it fetched what `turns.streamed` says, or less if a
+    unit that streams found its place unneeded by others and stayed there."""
+    if turns.streamed is None:
+        measure.take(live, turns)
+        return
+    before = settled_bytes(live)
+    measure.take(live, turns)
+    forwards = 1 + FORWARDS_PER_STEP * turns.steps
+    turns.fetches_right &= settled_bytes(live) - before <= forwards * turns.streamed

@@ -12,7 +12,7 @@ from benchmarks.loading.tables import CLAIMS
 
 
 def sections(rows: Sequence[Row]) -> list[str]:
-    """What was asked and found, steps by budget, the ceiling, and the peer."""
+    """What was asked and found, steps by budget, the ceiling, parts of blocks, the peer."""
     measured = [row for row in rows if not row.values.get("complete")]
     lines = [(row, claim) for row in measured for claim in all_claims(row) if claim.asked]
     of_part = {part: [row for row in measured if row.key["part"] == part] for part in TITLES}
@@ -101,6 +101,30 @@ CEILING: list[Column[Row]] = [
     ("seconds", lambda row: f"{row.values['seconds']:.1f}"),
     ("equal, bit for bit", lambda row: yes(row.verified)),
 ]
+
+
+def _passes_through(row: Row) -> str:
+    """The ring; slots where blocks stream."""
+    ring = row.values.get("ring_bytes")
+    if ring is None:
+        return ""
+    return gigabytes(ring) if ring else f"slots, {gigabytes(row.values['slot_bytes'])}"
+
+
+PARTS: list[Column[Row]] = [
+    ("model", of_key("model")),
+    ("size", of_key("size")),
+    ("contender", of_key("contender")),
+    ("step, ms", lambda row: spread(row.values["step_ms"])),
+    ("x resident", lambda row: f"{row.values['x_resident']:.4f}"),
+    ("x block granularity", lambda row: f"{row.values['x_blocks']:.4f}"),
+    ("weights on the device, GB", lambda row: gigabytes(row.values["device_bytes"])),
+    ("of this, the ring", _passes_through),
+    ("device peak, GB: in use", lambda row: gigabytes(row.values["device_peak_allocated"])),
+    ("reserved", lambda row: gigabytes(row.values["device_peak_reserved"])),
+    ("link, GB/s", lambda row: spread(row.values["link_gbps"])),
+    ("equal, bit for bit, and as planned", lambda row: yes(row.verified)),
+]
 PEERS: list[Column[Row]] = [
     ("model", of_key("model")),
     ("size", of_key("size")),
@@ -115,5 +139,6 @@ PEERS: list[Column[Row]] = [
 TITLES: dict[str, tuple[str, list[Column[Row]]]] = {
     "steps": ("Steps under a budget", STEPS),
     "ceiling": ("Forwards of mixed shapes", CEILING),
+    "parts": ("Parts of blocks, beside whole blocks", PARTS),
     "peers": ("Peers, beside the budgets", PEERS),
 }

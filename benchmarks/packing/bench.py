@@ -158,6 +158,10 @@ class PackingBench:
             other.peak.other_left(live.peak)
         tear_down(live)
 
+    def drop(self, form: str) -> None:
+        """Takes down one that was kept."""
+        self.tear_down(self._lives.pop(form))
+
     @contextmanager
     def one_more(self, contender: Contender) -> Iterator[Live]:
         """A model that is there while the body runs."""
