@@ -297,7 +297,7 @@ def test_a_bad_argument_is_named_and_changes_nothing(
     forward(model, inputs)
 
 
-@pytest.mark.parametrize("option", ["granularity", "reuse_text_kv", "x"])
+@pytest.mark.parametrize("option", ["reuse_text_kv", "x"])
 def test_an_unknown_option_is_an_error(option: str) -> None:
     model, _ = MODELS["wan21_t2v"]()
     with pytest.raises(TypeError, match=option):
