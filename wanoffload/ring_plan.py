@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from wanoffload.errors import WrapError
-from wanoffload.image import ImageLayout
 from wanoffload.policy.packed import CHUNK_BYTES, STAGING_SLOTS
 from wanoffload.residency import ALIGN_BYTES, Residency, UnitBytes, allocated, evenly
 from wanoffload.ring import Ring, cut, ring_of
 from wanoffload.sizes import gb
-from wanoffload.units import Unit
+
+if TYPE_CHECKING:
+    from wanoffload.image import ImageLayout
+    from wanoffload.units import Unit
 
 DEFAULT_AHEAD = 1
 """Parts that always have room beside the one in use. The ring is larger than these two by what the
@@ -39,7 +42,7 @@ def parts_of(
     """The parts that these units are."""
     blocks = {id(unit.block): number for number, unit in enumerate(found)}
     return [
-        Part(sizes, cut(layout), blocks[id(unit.block)])
+        Part(sizes, cut(spec.nbytes for spec in layout.specs), blocks[id(unit.block)])
         for unit, layout, sizes in zip(found, layouts, takes, strict=True)
     ]
 

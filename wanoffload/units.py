@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wanoffload.apart import parts_among
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import HostTensor
 
@@ -43,12 +44,6 @@ class Unit:
     module: nn.Module
     groups: tuple[tuple[Entry, ...], ...]
     block: nn.Module
-
-
-LEAST_PART = 1 / 50
-"""Of a block: what is smaller is no part of its own, it stays on the device."""
-MOST_REST = 1 / 10
-"""Of a block: if more would stay on the device besides its parts, it is not taken apart."""
 
 
 def find_units(model: nn.Module, granularity: str = BLOCK) -> list[Unit]:
@@ -101,10 +96,9 @@ def tie_key(tensor: Tensor) -> object:
 
 def _parts(name: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The parts of a block; the block, if it has none."""
-    whole = _nbytes(block)
-    parts = [(n, m) for n, m in _called(name, block) if _nbytes(m) >= whole * LEAST_PART]
-    rest = whole - sum(_nbytes(part) for _, part in parts)
-    return parts if len(parts) > 1 and rest <= whole * MOST_REST else [(name, block)]
+    called = list(_called(name, block))
+    parts = parts_among([_nbytes(module) for _, module in called], _nbytes(block))
+    return [called[at] for at in parts] or [(name, block)]
 
 
 def _called(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

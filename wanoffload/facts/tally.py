@@ -92,6 +92,11 @@ class BlockSizes:
         return sum(self.bf16)
 
 
+def aligned(nbytes: int) -> int:
+    """`nbytes`, rounded up to where the next tensor may start."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def image_bytes(sizes: Iterable[int]) -> int:
     """Bytes of a unit's image: each tensor starts at a multiple of ALIGNMENT."""
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return sum(map(aligned, sizes))
