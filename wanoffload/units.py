@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,11 @@ def find_units(model: nn.Module, granularity: str = BLOCK) -> list[Unit]:
             "children holds modules with parameters of their own"
         )
     return units
+
+
+def any_compiled(units: Iterable[Unit]) -> bool:
+    """Whether the block of one of them is compiled as a whole: it uses its parts all at once."""
+    return any(unit.block._compiled_call_impl is not None for unit in units)
 
 
 def entries_of(module: nn.Module) -> Iterator[Entry]:

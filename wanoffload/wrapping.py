@@ -32,7 +32,7 @@ from wanoffload.shared_arena import SharedArena, check_name
 from wanoffload.sharing import joined
 from wanoffload.together import wholes
 from wanoffload.units import AUTO as AUTO_GRANULARITY
-from wanoffload.units import BLOCK, PART, Unit, check_wrappable, find_units, tie_key
+from wanoffload.units import BLOCK, PART, Unit, any_compiled, check_wrappable, find_units, tie_key
 from wanoffload.weights import OwnTensors, Weights
 
 logger = logging.getLogger(__name__)
@@ -273,11 +273,6 @@ def _granularity(
         return PART
     overlaps = found.depth > 0 or found.streamed_bytes + found.decoded_bytes == 0
     return BLOCK if overlaps or prefetch == 0 else PART
-
-
-def any_compiled(units: list[Unit]) -> bool:
-    """Whether some block is, as a whole."""
-    return any(unit.block._compiled_call_impl is not None for unit in units)
 
 
 def bytes_of_others(module: nn.Module, units: list[Unit]) -> int:
