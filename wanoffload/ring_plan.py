@@ -71,7 +71,7 @@ def choose_parts(
     Raises:
         WrapError: the budget is less than the least; names it.
     """
-    planner = _Planner(tuple(parts), tuple(order or range(len(parts))), others, largest_chunk)
+    planner = _planner(parts, others, order, largest_chunk)
     aheads = planner.aheads(prefetch, together)
     if budget is None:
         return planner.plan(frozenset(), aheads[0], prefetch, "no budget")
@@ -82,6 +82,20 @@ def choose_parts(
         if planner.bytes_with(frozenset(), ahead) <= budget:
             return planner.plan(planner.fitting(budget, ahead), ahead, prefetch, said)
     raise WrapError(_too_little(planner, budget, prefetch, aheads[-1]))
+
+
+def least_of_parts(
+    parts: Sequence[Part], *, others: int, prefetch: int | None, together: bool = False
+) -> int:
+    """Bytes of the smallest budget that `choose_parts` accepts."""
+    planner = _planner(parts, others, None, CHUNK_BYTES)
+    return planner.bytes_with(frozenset(), planner.aheads(prefetch, together)[-1])
+
+
+def _planner(
+    parts: Sequence[Part], others: int, order: Sequence[int] | None, largest_chunk: int
+) -> _Planner:
+    return _Planner(tuple(parts), tuple(order or range(len(parts))), others, largest_chunk)
 
 
 def _too_little(planner: _Planner, budget: int, prefetch: int | None, ahead: int) -> str:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wanoffload.apart import AUTO as AUTO
+from wanoffload.apart import BLOCK as BLOCK
+from wanoffload.apart import PART as PART
 from wanoffload.apart import parts_among
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import HostTensor
 
-BLOCK, PART, AUTO = "block", "part", "auto"
-"""Granularities: what a unit is. AUTO: parts where the budget is too small for blocks."""
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from wanoffload.apart import PART
 from wanoffload.workload import Workload
 
 WAN = "wan"
@@ -114,7 +115,7 @@ class ModelFacts:
     `reference_frames`: latent frames that each forward has on top. `blocks_in_files`: blocks of the
     DiTs need no host memory, since they can be read from their files for each use. `packed`: the
     DiTs are streamed already, and this share of their blocks stands packed in host memory; None:
-    they are not streamed yet.
+    they are not streamed yet. `granularity`: and they stand in blocks, or in parts of them.
     """
 
     name: str = ""
@@ -135,10 +136,17 @@ class ModelFacts:
     reference_frames: int = 0
     blocks_in_files: bool = False
     packed: float | None = None
+    granularity: str | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family is one of {', '.join(FAMILIES)}, not {self.family!r}")
+
+    def streamed_in(self, granularity: str) -> ModelFacts:
+        """As the engine has it: with parts of the DiTs' blocks in the place of blocks, or as is."""
+        if granularity != PART:
+            return self
+        return replace(self, dits=tuple(dit.in_parts() for dit in self.dits))
 
     def tokens(self, workload: Workload) -> int:
         """Tokens of one forward. Frames are rounded as Wan's pipelines round them: 80 become 81."""
