@@ -233,9 +233,10 @@ def test_what_can_not_be_taken_over_is_named(planned) -> None:
     enable(pipe, **ON_CPU)
 
 
-def test_slots_that_wrapped_transformers_hold_count_as_room() -> None:
+@pytest.mark.parametrize("granularity", ["block", "part"])
+def test_slots_that_wrapped_transformers_hold_count_as_room(granularity: str) -> None:
     machine = replace(HERE, device_memory=1000)
-    pipe, _ = wrapped_pipeline("t2v")
+    pipe, _ = wrapped_pipeline("t2v", granularity=granularity)
     runtime = offloader(pipe.transformer)
     assert with_own_weights(machine, [pipe.transformer]).device_memory == 1000
     runtime.device = torch.device("cuda", 0)  # as far as anybody asks

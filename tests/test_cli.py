@@ -123,6 +123,9 @@ def test_a_flag_is_a_choice_in_both_directions(planned: Recorded, name: str) -> 
         (["--pack", "yes"], {"pack": True}),
         (["--pack", "no"], {"pack": False}),
         (["--pack", "auto"], {"pack": "auto"}),
+        (["--granularity", "block"], {"granularity": "block"}),
+        (["--granularity", "part"], {"granularity": "part"}),
+        (["--granularity", "auto"], {"granularity": "auto"}),
     ],
 )
 def test_a_value_is_a_choice(planned: Recorded, argv: list[str], choice: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -36,8 +36,9 @@ from wanoffload.facts import tally
 from wanoffload.facts.formulas import component_facts, dit_facts
 from wanoffload.facts.formulas_qwen import TEXT_TOKENS as QWEN_TEXT_TOKENS
 from wanoffload.facts.formulas_wan import CUBLAS_WORKSPACE_BYTES
-from wanoffload.facts.model import DitFacts
-from wanoffload.units import find_units
+from wanoffload.facts.model import DitFacts, PartFacts
+from wanoffload.ring import cut
+from wanoffload.units import BLOCK, PART, find_units
 
 Inputs = dict[str, Any]
 LATENTS = {1560: (1, 60, 104), 7800: (5, 60, 104), 32760: (21, 60, 104)}
@@ -225,6 +226,62 @@ def test_block_bytes_of_small_models_with_values_are_those_of_their_images(name:
     assert list(facts.block_bytes) == image_sizes(module)
     assert facts.other_bytes == outside_bytes(module, module)
     assert facts.bf16_bytes == bf16_bytes(module)
+
+
+def parts_of(module: nn.Module) -> tuple[PartFacts, ...]:
+    """As the engine would have them."""
+    found = find_units(module, PART)
+    blocks = list(dict.fromkeys(id(unit.block) for unit in found))
+    layouts = [image.lay_out((g[0].name, g[0].tensor) for g in unit.groups) for unit in found]
+    return tuple(
+        PartFacts(
+            layout.nbytes,
+            sum(spec.nbytes for spec in layout.specs if spec.dtype == torch.bfloat16),
+            cut(spec.nbytes for spec in layout.specs),
+            blocks.index(id(unit.block)),
+        )
+        for unit, layout in zip(found, layouts, strict=True)
+    )
+
+
+def loose_bytes(module: nn.Module) -> int:
+    """Of tensors that are in blocks and in no part."""
+    inside, in_parts = (
+        sum(group[0].tensor.nbytes for unit in find_units(module, what) for group in unit.groups)
+        for what in (BLOCK, PART)
+    )
+    return inside - in_parts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parts_of_blocks_are_those_of_the_units_with_the_same_pieces(name: str) -> None:
+    module, facts = CASES[name].module(), CASES[name].facts()
+    assert facts.parts == parts_of(module)
+    assert facts.loose_bytes == loose_bytes(module)
+    assert len(facts.parts) > 2 * len(facts.block_bytes)
+    assert any(len(part.pieces) > 1 for part in facts.parts)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_of_small_models_with_values_are_those_of_their_units(name: str) -> None:
+    module = MODELS[name].make()
+    facts = dit_facts({**module.config, "_class_name": type(module).__name__})
+    assert facts.parts == parts_of(module)
+    assert facts.loose_bytes == loose_bytes(module)
+
+
+def test_in_parts_nothing_is_lost_and_a_block_without_known_parts_is_one() -> None:
+    facts = CASES["14B"].facts()
+    parted = facts.in_parts()
+    assert len(parted.block_bytes) == 3 * len(facts.block_bytes)
+    assert parted.other_bytes == facts.other_bytes + facts.loose_bytes > facts.other_bytes
+    assert parted.bytes == pytest.approx(facts.bytes, abs=256 * len(facts.parts))
+    assert parted.bf16_bytes == facts.bf16_bytes
+    assert parted.in_parts() == parted
+    unknown = DitFacts(block_bytes=(512, 1024), other_bytes=7, bf16_bytes=768)
+    assert unknown.in_parts() == replace(
+        unknown, parts=(PartFacts(512, 256, (512,), 0), PartFacts(1024, 512, (1024,), 1))
+    )
 
 
 def test_the_alignment_of_the_formulas_is_that_of_images() -> None:

@@ -214,14 +214,24 @@ def test_a_subclass_of_a_known_transformer_has_its_formulas() -> None:
     assert look(model).dits == expected
 
 
+@pytest.mark.parametrize("granularity", ["block", "part"])
 @pytest.mark.parametrize("name", ["wan21_t2v", "animate"])
-def test_a_wrapped_transformer_has_the_facts_that_it_had_before(name: str) -> None:
+def test_a_wrapped_transformer_has_the_facts_that_it_had_before(
+    name: str, granularity: str
+) -> None:
     model = MODELS[name].make()
     before = look(model)
-    wanoffload.wrap(model, device="cpu")
+    wanoffload.wrap(model, device="cpu", granularity=granularity)
     assert look(model) == before
     wanoffload.unwrap(model)
     assert look(model) == before
+
+
+def test_compiled_blocks_are_seen() -> None:
+    model = MODELS["wan21_t2v"].make()
+    assert not look(model).dits[0].compiled
+    model.blocks[1].compile()
+    assert look(model).dits[0].compiled
 
 
 def test_a_model_on_the_meta_device_has_the_facts_of_the_real_one() -> None:

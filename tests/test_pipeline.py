@@ -68,6 +68,7 @@ class StandIn:
     pack_share: float | None = None
     budget_of_one: int | None = None
     residents_stay: bool = True
+    granularity: str = "block"
     step_seconds: float | None = None
     host_locked_bytes: int | None = None
     fits: bool = True

@@ -41,14 +41,19 @@ PREFETCH = {"all": 2, "rest": None, "dit": 2, "none": None}
 COARSE = {name: f"{name}_cpu_offload" for name in (TEXT, IMAGE, VAE)}
 FLAGS = ("dit_layerwise_offload", "dit_cpu_offload", "use_fsdp_inference", *COARSE.values())
 SIZES = ("layerwise_offload_components", "dit_offload_prefetch_size", "vram_budget")
-NAMES = (*FLAGS, *SIZES, "pack")
+NAMES = (*FLAGS, *SIZES, "pack", "granularity")
 DECIDED = (
     "dit_layerwise_offload",
     "layerwise_offload_components",
     "dit_offload_prefetch_size",
     "pack",
+    "granularity",
 )
-UNSET: dict[str, Any] = dict.fromkeys(FLAGS, False) | {"vram_budget": None, "pack": False}
+UNSET: dict[str, Any] = dict.fromkeys(FLAGS, False) | {
+    "vram_budget": None,
+    "pack": False,
+    "granularity": "block",
+}
 
 
 def dit(blocks: int, block_bytes: int = 702_870_000) -> DitFacts:
@@ -831,7 +836,7 @@ def test_every_choice_has_a_reason(case: Case) -> None:
         reasons = case.plan(**choices).reasons
         assert set(reasons) == set(NAMES)
         for name, reason in reasons.items():
-            assert re.match(r"rule [1-9]\b|chosen\b|not chosen\b", reason), reason
+            assert re.match(r"rule ([1-9]|10)\b|chosen\b|not chosen\b", reason), reason
             assert not (name in choices and reason.startswith("not chosen")), name
             assert not (name in FLAGS[1:] and name not in choices and reason == "chosen"), name
         for name in DECIDED:

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from wanoffload.machine.hardware import PLATFORMS, Hardware
-from wanoffload.policy.choices import MODES
+from wanoffload.policy.choices import GRANULARITIES, MODES
 from wanoffload.sizes import parse_bytes
 from wanoffload.workload import Workload
 
@@ -155,6 +155,13 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
         help="what the DiT's weights may take on the device: 6GiB",
     )
     group.add_argument(
+        "--granularity",
+        choices=GRANULARITIES,
+        help="what is fetched at once of a streamed DiT: whole blocks, or parts of them, which "
+        "take less of the device; auto, as without it: parts where blocks do not fit, and in mode "
+        "memory where they take less",
+    )
+    group.add_argument(
         "--pack",
         choices=PACK,
         help="the DiT's streamed blocks stand packed on the host, without loss, and are unpacked "
@@ -192,7 +199,8 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware | None:
 def choices_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The choices that were made, under their names in `wanoffload.plan`."""
     names = [flag.removeprefix("--").replace("-", "_") for flag in FLAGS]
-    names += ["layerwise_offload_components", "dit_offload_prefetch_size", "vram_budget"]
+    names += ["layerwise_offload_components", "dit_offload_prefetch_size"]
+    names += ["vram_budget", "granularity"]
     values = {name: getattr(arguments, name) for name in names}
     values["pack"] = PACK[arguments.pack] if arguments.pack is not None else None
     return {name: value for name, value in values.items() if value is not None}

@@ -8,12 +8,12 @@ by piece, so a ring need not hold parts as a whole to be kept busy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import count
+from itertools import accumulate, count
 from typing import NamedTuple
 
-from wanoffload.image import ALIGNMENT, ImageLayout
+from wanoffload.facts.tally import ALIGNMENT, aligned
 
 LEAST_PIECE = 1 / 32
 """Of a part: smaller tensors go with those before or behind them."""
@@ -43,14 +43,19 @@ class Ring(NamedTuple):
     places: tuple[Place, ...]
 
 
-def cut(layout: ImageLayout) -> tuple[int, ...]:
-    """Bytes of the pieces that a plain part may be cut into: each begins with a large tensor."""
-    least = layout.nbytes * LEAST_PIECE
+def cut(tensors: Iterable[int]) -> tuple[int, ...]:
+    """Bytes of the pieces that a plain part may be cut into: each begins with a large tensor.
+
+    `tensors`: bytes of each, in the order of the part's image.
+    """
+    sizes = list(tensors)
+    offsets = list(accumulate(map(aligned, sizes), initial=0))
+    least = offsets[-1] * LEAST_PIECE
     starts = [0]
-    for spec in layout.specs:
-        if spec.nbytes >= least and spec.offset - starts[-1] >= least:
-            starts.append(spec.offset)
-    ends = [*starts[1:], layout.nbytes]
+    for offset, nbytes in zip(offsets, sizes, strict=False):
+        if nbytes >= least and offset - starts[-1] >= least:
+            starts.append(offset)
+    ends = [*starts[1:], offsets[-1]]
     return tuple(end - start for start, end in zip(starts, ends, strict=True))
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from wanoffload.errors import WrapError
-from wanoffload.image import ImageLayout
 from wanoffload.policy.packed import CHUNK_BYTES, STAGING_SLOTS
 from wanoffload.residency import ALIGN_BYTES, Residency, UnitBytes, allocated, evenly
 from wanoffload.ring import Ring, cut, least_bytes, overwritten, ring_of
 from wanoffload.sizes import gb
-from wanoffload.units import Unit
+
+if TYPE_CHECKING:
+    from wanoffload.image import ImageLayout
+    from wanoffload.units import Unit
 
 DEFAULT_AHEAD = 1
 """Parts that always have room beside the one in use. The ring is larger than these two by what the
@@ -38,7 +41,7 @@ def parts_of(
     """The parts that these units are."""
     blocks = {id(unit.block): number for number, unit in enumerate(found)}
     return [
-        Part(sizes, cut(layout), blocks[id(unit.block)])
+        Part(sizes, cut(spec.nbytes for spec in layout.specs), blocks[id(unit.block)])
         for unit, layout, sizes in zip(found, layouts, takes, strict=True)
     ]
 
@@ -67,7 +70,7 @@ def choose_parts(
     Raises:
         WrapError: the budget is less than the least; names it.
     """
-    planner = _Planner(tuple(parts), tuple(order or range(len(parts))), others, largest_chunk)
+    planner = _planner(parts, others, order, largest_chunk)
     aheads = planner.aheads(prefetch, together)
     if budget is None:
         return planner.plan(frozenset(), aheads[0], prefetch, "no budget")
@@ -78,6 +81,19 @@ def choose_parts(
         if planner.bytes_with(frozenset(), ahead) <= budget:
             return planner.plan(planner.fitting(budget, ahead), ahead, prefetch, said)
     raise WrapError(_too_little(planner, budget, prefetch, together))
+
+
+def least_of_parts(
+    parts: Sequence[Part], *, others: int, prefetch: int | None, together: bool = False
+) -> int:
+    """Bytes of the smallest budget that `choose_parts` accepts."""
+    return _planner(parts, others, None, CHUNK_BYTES).least(prefetch, together)
+
+
+def _planner(
+    parts: Sequence[Part], others: int, order: Sequence[int] | None, largest_chunk: int
+) -> _Planner:
+    return _Planner(tuple(parts), tuple(order or range(len(parts))), others, largest_chunk)
 
 
 def _too_little(planner: _Planner, budget: int, prefetch: int | None, together: bool) -> str:

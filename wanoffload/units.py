@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from wanoffload.apart import AUTO as AUTO
+from wanoffload.apart import BLOCK as BLOCK
+from wanoffload.apart import PART as PART
+from wanoffload.apart import parts_among
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import HostTensor
 
-BLOCK, PART, AUTO = "block", "part", "auto"
-"""Granularities: what a unit is. AUTO: parts where the budget is too small for blocks."""
 CALLED = {BLOCK: "blocks", PART: "parts of blocks"}
 """In what is said of units."""
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
@@ -49,10 +51,6 @@ class Unit:
 
 BASE_LAYER = "base_layer"
 """How PEFT's layers name the module that they stand around."""
-LEAST_PART = 1 / 50
-"""Of a block: what is smaller is no part of its own, it stays on the device."""
-MOST_REST = 1 / 10
-"""Of a block: if more would stay on the device besides its parts, it is not taken apart."""
 
 
 def find_units(model: nn.Module, granularity: str = BLOCK) -> list[Unit]:
@@ -91,6 +89,11 @@ def granularity_of(found: Sequence[Unit]) -> str:
     return PART if any(unit.module is not unit.block for unit in found) else BLOCK
 
 
+def any_compiled(units: Iterable[Unit]) -> bool:
+    """Whether the block of one of them is compiled as a whole: it uses its parts all at once."""
+    return any(unit.block._compiled_call_impl is not None for unit in units)
+
+
 def entries_of(module: nn.Module) -> Iterator[Entry]:
     """Every place in a module (and below) where a parameter stands."""
     for prefix, owner in module.named_modules():
@@ -110,10 +113,9 @@ def tie_key(tensor: Tensor) -> object:
 
 def _parts(name: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The parts of a block; the block, if it has none."""
-    whole = _nbytes(block)
-    parts = [(n, m) for n, m in _called(name, block) if _nbytes(m) >= whole * LEAST_PART]
-    rest = whole - sum(_nbytes(part) for _, part in parts)
-    return parts if len(parts) > 1 and rest <= whole * MOST_REST else [(name, block)]
+    called = list(_called(name, block))
+    parts = parts_among([_nbytes(module) for _, module in called], _nbytes(block))
+    return [called[at] for at in parts] or [(name, block)]
 
 
 def _called(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

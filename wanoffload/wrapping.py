@@ -37,6 +37,7 @@ from wanoffload.units import (
     CALLED,
     PART,
     Unit,
+    any_compiled,
     check_wrappable,
     find_units,
     granularity_of,
@@ -282,11 +283,6 @@ def _granularity(
         return PART
     overlaps = found.depth > 0 or found.streamed_bytes + found.decoded_bytes == 0
     return BLOCK if overlaps or prefetch == 0 else PART
-
-
-def any_compiled(units: list[Unit]) -> bool:
-    """Whether some block is, as a whole."""
-    return any(unit.block._compiled_call_impl is not None for unit in units)
 
 
 def bytes_of_others(module: nn.Module, units: list[Unit]) -> int:

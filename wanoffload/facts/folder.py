@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from wanoffload.errors import CheckpointError
-from wanoffload.facts.model import ComponentFacts
+from wanoffload.facts.block_parts import BlockTensors, TensorBytes, taken_apart
+from wanoffload.facts.model import ComponentFacts, PartFacts
 from wanoffload.facts.parts import Part, Parts, is_relevant
 from wanoffload.facts.tally import image_bytes
 from wanoffload.loading.files import read_json
@@ -168,7 +169,9 @@ def _loaded_dtype(name: str, tensor: str, stored: str, dtype: str | None) -> str
 
 # Blocks, told by their names.
 
-Lists = dict[str, dict[int, list[Loaded]]]
+Block = dict[str, Loaded]
+"""By the tensor's name inside the block."""
+Lists = dict[str, dict[int, Block]]
 """By a list's name and the number of its item, the tensors."""
 
 
@@ -177,20 +180,21 @@ def _weights(tensors: Tensors, config: Mapping[str, Any]) -> ComponentFacts:
     lists: Lists = {}
     for tensor, loaded in tensors.items():
         if found := _IN_LIST.match(tensor):
-            lists.setdefault(found[1], {}).setdefault(int(found[2]), []).append(loaded)
+            block = lists.setdefault(found[1], {}).setdefault(int(found[2]), {})
+            block[tensor[found.end() :]] = loaded
     name = str(config["_class_name"])
     streamed = _streamed(lists, name)
-    inside = [each for key in streamed for block in lists[key].values() for each in block]
-    blocks = {
-        key: [image_bytes(each.nbytes for each in block) for _, block in sorted(lists[key].items())]
-        for key in streamed
-    }
-    ordered = _in_order(blocks, name, config)
+    items = {key: [block for _, block in sorted(lists[key].items())] for key in streamed}
+    blocks = list(_in_order(items, name, config))
+    inside = [each for block in blocks for each in block.values()]
     everything = sum(each.nbytes for each in tensors.values())
+    parts, loose = _parts(blocks, name) if any("." not in key for key in streamed) else ((), 0)
     return ComponentFacts(
-        block_bytes=tuple(ordered),
+        block_bytes=tuple(image_bytes(each.nbytes for each in block.values()) for block in blocks),
         other_bytes=everything - sum(each.nbytes for each in inside),
         bf16_bytes=sum(each.nbytes for each in inside if each.dtype == _BF16),
+        parts=parts,
+        loose_bytes=loose,
     )
 
 
@@ -200,10 +204,16 @@ def _streamed(lists: Lists, name: str) -> list[str]:
     top = [key for key in lists if "." not in key]
     if top:
         return top
-    return [max(lists, key=lambda key: sum(t.nbytes for ts in lists[key].values() for t in ts))]
+
+    def held(key: str) -> int:
+        return sum(t.nbytes for block in lists[key].values() for t in block.values())
+
+    return [max(lists, key=held)]
 
 
-def _in_order(blocks: dict[str, list[int]], name: str, config: Mapping[str, Any]) -> Iterator[int]:
+def _in_order(
+    blocks: dict[str, list[Block]], name: str, config: Mapping[str, Any]
+) -> Iterator[Block]:
     """As the engine orders them: `wanoffload.units`."""
     if name == "WanVACETransformer3DModel":
         yield from blocks.pop("vace_blocks", [])
@@ -215,5 +225,46 @@ def _in_order(blocks: dict[str, list[int]], name: str, config: Mapping[str, Any]
             if index % every == 0:
                 yield from [face for face in [next(faces, None)] if face is not None]
         yield from faces
-    for sizes in blocks.values():
-        yield from sizes
+    for items in blocks.values():
+        yield from items
+
+
+# Parts of blocks.
+
+_WAN_ORDER = (
+    *("proj_in", "attn1", "attn2", "ffn", "proj_out"),
+    *("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k"),
+    *("add_k_proj", "add_v_proj", "norm_added_k"),
+)
+_QWEN_ORDER = (
+    *("img_mod", "attn", "img_mlp", "txt_mod", "txt_mlp"),
+    *("norm_q", "norm_k", "to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj"),
+    *("to_out", "to_add_out", "norm_added_q", "norm_added_k"),
+)
+_ORDER = {"Wan": _WAN_ORDER, "QwenImage": _QWEN_ORDER}
+"""By the start of the class's name: how modules follow each other in a block, and in its parts. A
+file has them by name."""
+
+
+def _parts(blocks: list[Block], name: str) -> tuple[tuple[PartFacts, ...], int]:
+    """A module that a block calls is told by its name. What looks like a list of modules there is
+    taken for one module: so it is in the known classes."""
+    known = next((order for start, order in _ORDER.items() if name.startswith(start)), ())
+    return taken_apart(_taken_apart(block, known) for block in blocks)
+
+
+def _taken_apart(block: Block, known: tuple[str, ...]) -> BlockTensors:
+    called: dict[str, list[TensorBytes]] = {}
+    rest: list[TensorBytes] = []
+    for tensor in sorted(block, key=lambda tensor: _rank(tensor, known)) if known else block:
+        loaded = TensorBytes(block[tensor].nbytes, block[tensor].dtype == _BF16)
+        module, dot, _ = tensor.partition(".")
+        (called.setdefault(module, []) if dot else rest).append(loaded)
+    return BlockTensors(list(called.values()), rest)
+
+
+def _rank(tensor: str, known: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Weights stand before biases."""
+    *modules, own = tensor.split(".")
+    ranks = [(known.index(name) if name in known else len(known), name) for name in modules]
+    return [*ranks, (0 if own == "weight" else 1, own)]

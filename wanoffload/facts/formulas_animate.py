@@ -72,7 +72,7 @@ def animate_facts(config: Mapping[str, Any]) -> DitFacts:
 
 def _blocks(s: WanShape, every: int) -> list[BlockSizes]:
     plain = block_sizes(s)
-    face = BlockSizes([*dense(s.d, s.d) * 4, s.head * BF16, s.head * BF16])
+    face = BlockSizes([*[dense(s.d, s.d)] * 4, *[[s.head * BF16]] * 2])
     sizes = []
     for index in range(s.layers):
         sizes.append(plain)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from wanoffload.facts.block_parts import BlockTensors, taken_apart
 from wanoffload.facts.formulas_wan import CUBLAS_WORKSPACE_BYTES
 from wanoffload.facts.model import DitFacts
 from wanoffload.facts.tally import BF16, FP32, BlockSizes, Sizes, Tally, coefficients, dense
@@ -57,10 +58,13 @@ def qwen_facts(config: Mapping[str, Any]) -> DitFacts:
         _modulated(t, n, d)
         t.linear(n, d, outputs)
 
+    parts, loose = taken_apart([BlockTensors.of(block)] * layers)
     return DitFacts(
         block_bytes=(block.image_bytes,) * layers,
         other_bytes=sum(_outer_sizes(d, outputs, get)),
         bf16_bytes=block.bf16_bytes * layers,
+        parts=parts,
+        loose_bytes=loose,
         activation_bytes_per_token=_activation_per_token(d, head, get["in_channels"], two),
         activation_bytes=_activation_fixed(d, head, get["joint_attention_dim"]),
         attention_efficiency=MASKED_ATTENTION,
@@ -68,10 +72,12 @@ def qwen_facts(config: Mapping[str, Any]) -> DitFacts:
     )
 
 
-def _block_sizes(d: int, head: int) -> Sizes:
-    """For each stream: the modulation, q, k, v and out, two norms, the feed-forward."""
-    stream = [*dense(d, 6 * d), *dense(d, d) * 4, *[head * BF16] * 2]
-    return [*stream, *dense(d, 4 * d), *dense(4 * d, d)] * 2
+def _block_sizes(d: int, head: int) -> list[Sizes]:
+    """The modulation and the feed-forward of each stream, and attention between the picture's:
+    norms of the picture's q and k, q, k and v of both streams, out of both, norms of the text's."""
+    modulation, forward = dense(d, 6 * d), [*dense(d, 4 * d), *dense(4 * d, d)]
+    attention = [*[head * BF16] * 2, *dense(d, d) * 8, *[head * BF16] * 2]
+    return [modulation, attention, forward, modulation, forward]
 
 
 def _outer_sizes(d: int, outputs: int, get: Mapping[str, Any]) -> Sizes:

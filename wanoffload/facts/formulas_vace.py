@@ -47,8 +47,8 @@ def vace_facts(config: Mapping[str, Any]) -> DitFacts:
 def _blocks(s: WanShape, hints: int) -> list[BlockSizes]:
     """The first block with hints projects what comes in, all project what goes out."""
     plain, projection = block_sizes(s), dense(s.d, s.d)
-    with_one = BlockSizes([*plain.bf16, *projection], plain.fp32)
-    with_two = BlockSizes([*plain.bf16, *projection * 2], plain.fp32)
+    with_one = BlockSizes([*plain.called, projection], plain.fp32)
+    with_two = BlockSizes([projection, *plain.called, projection], plain.fp32)
     vace = [with_two if index == 0 else with_one for index in range(hints)]
     return vace + [plain] * s.layers
 

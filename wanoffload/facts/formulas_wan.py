@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from wanoffload.facts.block_parts import BlockTensors, taken_apart
 from wanoffload.facts.model import DitFacts
 from wanoffload.facts.tally import BF16, FP32, BlockSizes, Sizes, Tally, coefficients
 from wanoffload.facts.wan_forward import block, embed, head
@@ -59,10 +60,13 @@ def make_facts(
     beside: float = 0,
     fixed: float = 0,
 ) -> DitFacts:
+    parts, loose = taken_apart(map(BlockTensors.of, blocks))
     return DitFacts(
         block_bytes=tuple(block.image_bytes for block in blocks),
         other_bytes=sum(outer),
         bf16_bytes=sum(block.bf16_bytes for block in blocks),
+        parts=parts,
+        loose_bytes=loose,
         activation_bytes_per_token=activation_per_token(s, beside),
         activation_bytes=activation_fixed(s) + fixed,
         **coefficients(forward),  # type: ignore[arg-type]  # kernels is the only int

@@ -7,8 +7,9 @@ models; by hand, `ModelFacts(...)` or `dataclasses.replace(facts, dmd_denoising_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from wanoffload.apart import PART
 from wanoffload.workload import Workload
 
 WAN = "wan"
@@ -19,10 +20,26 @@ FAMILIES = (WAN, QWEN_IMAGE, MOVA, OTHER)
 
 
 @dataclass(frozen=True)
+class PartFacts:
+    """A part of a block, as `wanoffload.units` finds them.
+
+    `nbytes`: of its image, of which `bf16_bytes` can be packed. `pieces`: bytes of the pieces that
+    it may be cut into (`wanoffload.ring.cut`). `block`: the number of its block.
+    """
+
+    nbytes: int
+    bf16_bytes: int
+    pieces: tuple[int, ...]
+    block: int
+
+
+@dataclass(frozen=True)
 class ComponentFacts:
     """Weights of one component, in bytes: its repeated blocks in the order of use, and the rest.
 
-    `bf16_bytes`: of a DiT, how many of its blocks' bytes are bf16: those can be packed.
+    `bf16_bytes`: of a DiT, how many of its blocks' bytes are bf16: those can be packed. `parts`: of
+    a DiT, those of its blocks, in order, and `loose_bytes`, what the blocks have besides; none: not
+    known, each block counts as one part. `compiled`: blocks use all of their parts at once.
     `activation_bytes_per_pixel`: of a VAE, the peak of encoding or decoding, above its weights, for
     each pixel of a frame (it works through the frames a few at a time), and
     `activation_bytes_per_voxel` for each pixel of each frame.
@@ -31,6 +48,9 @@ class ComponentFacts:
     block_bytes: tuple[int, ...] = ()
     other_bytes: int = 0
     bf16_bytes: int = 0
+    parts: tuple[PartFacts, ...] = field(default=(), repr=False)
+    loose_bytes: int = 0
+    compiled: bool = False
     activation_bytes_per_pixel: float = 0.0
     activation_bytes_per_voxel: float = 0.0
 
@@ -63,6 +83,22 @@ class DitFacts(ComponentFacts):
     activation_bytes_per_token: float = 0.0
     activation_bytes: float = 0.0
 
+    def in_parts(self) -> DitFacts:
+        """The same, with parts in the place of blocks."""
+        total = sum(self.block_bytes)
+        parts = self.parts or tuple(
+            PartFacts(nbytes, round(self.bf16_bytes * nbytes / total), (nbytes,), number)
+            for number, nbytes in enumerate(self.block_bytes)
+        )
+        return replace(
+            self,
+            block_bytes=tuple(part.nbytes for part in parts),
+            other_bytes=self.other_bytes + self.loose_bytes,
+            bf16_bytes=sum(part.bf16_bytes for part in parts),
+            parts=parts,
+            loose_bytes=0,
+        )
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -79,7 +115,7 @@ class ModelFacts:
     `reference_frames`: latent frames that each forward has on top. `blocks_in_files`: blocks of the
     DiTs need no host memory, since they can be read from their files for each use. `packed`: the
     DiTs are streamed already, and this share of their blocks stands packed in host memory; None:
-    they are not streamed yet.
+    they are not streamed yet. `granularity`: and they stand in blocks, or in parts of them.
     """
 
     name: str = ""
@@ -100,10 +136,17 @@ class ModelFacts:
     reference_frames: int = 0
     blocks_in_files: bool = False
     packed: float | None = None
+    granularity: str | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family is one of {', '.join(FAMILIES)}, not {self.family!r}")
+
+    def streamed_in(self, granularity: str) -> ModelFacts:
+        """As the engine has it: with parts of the DiTs' blocks in the place of blocks, or as is."""
+        if granularity != PART:
+            return self
+        return replace(self, dits=tuple(dit.in_parts() for dit in self.dits))
 
     def tokens(self, workload: Workload) -> int:
         """Tokens of one forward. Frames are rounded as Wan's pipelines round them: 80 become 81."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from wanoffload.errors import WrapError
+from wanoffload.facts.block_parts import TensorBytes, part_facts
 from wanoffload.facts.formulas import knows_dit
 from wanoffload.facts.model import OTHER, ComponentFacts
 from wanoffload.facts.parts import Part, Parts, family, is_dit, is_relevant
@@ -17,6 +18,8 @@ from wanoffload.facts.tally import image_bytes
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from wanoffload.units import Unit
 
 
 def look_at_pipeline(pipe: Any) -> Parts:
@@ -77,23 +80,49 @@ def part_of(name: str, component: Any) -> Part:
         return Part(config)
     if name.startswith("vae"):
         return Part(config, ComponentFacts((), _all_bytes(component)))
-    return Part(config, _weights(component, component if is_dit(name) else _stack(component)))
+    dit = is_dit(name)
+    return Part(config, _weights(component, component if dit else _stack(component), dit))
 
 
-def _weights(module: nn.Module, owner: nn.Module | None) -> ComponentFacts:
-    """The blocks that stand in `owner`'s lists, as the engine finds and lays them out."""
+def _weights(module: nn.Module, owner: nn.Module | None, in_parts: bool) -> ComponentFacts:
+    """The blocks that stand in `owner`'s lists, as the engine finds and lays them out, and their
+    parts."""
+    from wanoffload.units import BLOCK, PART, any_compiled
+
+    blocks = _units(owner, BLOCK)
+    parts = _units(owner, PART) if in_parts else []
+    inside = sum(map(_bytes_of, blocks))
+    return ComponentFacts(
+        tuple(image_bytes(tensor.nbytes for tensor in _tensors(unit)) for unit in blocks),
+        _all_bytes(module) - inside,
+        sum(tensor.nbytes for unit in blocks for tensor in _tensors(unit) if tensor.bf16),
+        parts=tuple(map(part_facts, map(_tensors, parts), _numbers_of_blocks(parts))),
+        loose_bytes=inside - sum(map(_bytes_of, parts)) if parts else 0,
+        compiled=bool(parts) and any_compiled(parts),
+    )
+
+
+def _units(owner: nn.Module | None, granularity: str) -> list[Unit]:
     from wanoffload.units import find_units
 
     try:
-        units = find_units(owner) if owner is not None else []
+        return find_units(owner, granularity) if owner is not None else []
     except WrapError:  # no block
-        units = []
-    sizes = [[_nbytes(group[0].tensor) for group in unit.groups] for unit in units]
-    inside = sum(sum(block) for block in sizes)
-    blocks = tuple(image_bytes(block) for block in sizes)
-    tensors = [group[0].tensor for unit in units for group in unit.groups]
-    bf16 = sum(_nbytes(tensor) for tensor in tensors if str(tensor.dtype) == "torch.bfloat16")
-    return ComponentFacts(blocks, _all_bytes(module) - inside, bf16)
+        return []
+
+
+def _numbers_of_blocks(parts: list[Unit]) -> list[int]:
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(id(part.block), len(numbers)) for part in parts]
+
+
+def _tensors(unit: Unit) -> list[TensorBytes]:
+    found = [group[0].tensor for group in unit.groups]
+    return [TensorBytes(_nbytes(t), str(t.dtype) == "torch.bfloat16") for t in found]
+
+
+def _bytes_of(unit: Unit) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(unit))
 
 
 def _all_bytes(module: nn.Module) -> int:

@@ -135,6 +135,9 @@ def _dit(part: Part, expand_timesteps: bool | None) -> DitFacts:
         "block_bytes": seen.block_bytes,
         "other_bytes": seen.other_bytes,
         "bf16_bytes": seen.bf16_bytes,
+        "parts": seen.parts,
+        "loose_bytes": seen.loose_bytes,
+        "compiled": seen.compiled,
     }
     if not knows_dit(class_name(part.config)):
         return DitFacts(**weights)

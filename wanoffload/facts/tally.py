@@ -78,10 +78,15 @@ def dense(inputs: int, outputs: int, bias: bool = True, each: int = BF16) -> Siz
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Bytes of each tensor of one block, by dtype."""
+    """Bytes of each tensor of one block: of each module that it calls, in bf16 and in the order in
+    which they stand there; and of the rest, in fp32."""
 
-    bf16: Sizes
+    called: list[Sizes]
     fp32: Sizes = field(default_factory=list)
+
+    @property
+    def bf16(self) -> Sizes:
+        return [nbytes for sizes in self.called for nbytes in sizes]
 
     @property
     def image_bytes(self) -> int:
@@ -92,6 +97,11 @@ class BlockSizes:
         return sum(self.bf16)
 
 
+def aligned(nbytes: int) -> int:
+    """`nbytes`, rounded up to where the next tensor may start."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def image_bytes(sizes: Iterable[int]) -> int:
     """Bytes of a unit's image: each tensor starts at a multiple of ALIGNMENT."""
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return sum(map(aligned, sizes))

@@ -90,8 +90,8 @@ def block_sizes(s: WanShape) -> BlockSizes:
     added = [*dense(s.added_dim, s.d) * 2, s.d * BF16] if s.added_dim is not None else []
     norm = [s.d * FP32] * 2 if s.cross_attn_norm else []
     feed_forward = [*dense(s.d, s.f), *dense(s.f, s.d)]
-    bf16 = [*attention, *attention, *added, *feed_forward]
-    return BlockSizes(bf16, [6 * s.d * FP32, *norm])
+    called = [attention, [*attention, *added], feed_forward]
+    return BlockSizes(called, [6 * s.d * FP32, *norm])
 
 
 def outer_sizes(s: WanShape) -> Sizes:

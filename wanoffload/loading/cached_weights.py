@@ -11,7 +11,9 @@ from typing import NoReturn
 from torch import nn
 
 from wanoffload._C import HostImage, Image, fingerprint
+from wanoffload.apart import BLOCK, PART
 from wanoffload.binding import Binding
+from wanoffload.errors import CacheFileError
 from wanoffload.host_tiers import HostPlan
 from wanoffload.image import ImageLayout, Lock, leave_unlocked
 from wanoffload.loading.cache_file import CacheFile
@@ -22,6 +24,17 @@ from wanoffload.units import Unit
 from wanoffload.weights import Identity, Weights
 
 logger = logging.getLogger(__name__)
+
+
+def granularity_in(path: Path) -> str | None:
+    """What the images of a cache file are of: blocks, or some of them parts of blocks. None: there
+    is no file, or none that can be used, of which who uses it is told."""
+    try:
+        units = CacheFile.open(path).units if path.exists() else {}
+    except CacheFileError:
+        return None
+    in_parts = any(name.count(".") > 1 for name in units)  # "blocks.0.attn1", of "blocks.0"
+    return (PART if in_parts else BLOCK) if units else None
 
 
 class CachedWeights:

@@ -109,8 +109,11 @@ class Enabled(hooks.Attached):
 
     def _facts(self) -> ModelFacts:
         """With the form in which blocks stand now: to change it takes seconds."""
-        shares = [part.packed for part in self.components.values() if part.packed is not None]
-        return replace(self._model, packed=max(shares, default=None))
+        parts = self.components.values()
+        shares = [part.packed for part in parts if part.packed is not None]
+        standing = {part.granularity for part in parts if part.granularity is not None}
+        granularity = standing.pop() if len(standing) == 1 else None
+        return replace(self._model, packed=max(shares, default=None), granularity=granularity)
 
     def _treatments(self, plan: Plan) -> dict[str, Treatment]:
         return {name: treatment(plan, name) for name in self.components}

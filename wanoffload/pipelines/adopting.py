@@ -69,9 +69,8 @@ def why_not(module: nn.Module, device: torch.device, *, is_dit: bool) -> str | N
         return "is wrapped already, and closed"
     if runtime.before_forward is not None:
         return "is streamed by another pipeline that is enabled (disable that one, if it is there)"
-    known = [module, *(binding.unit.module for binding in runtime.bindings)]
-    known += [whole.block for whole in runtime.together]
-    if inside != set(map(id, known)):
+    own = {id(module), *(id(binding.unit.module) for binding in runtime.bindings)}
+    if inside != own | {id(whole.block) for whole in runtime.together}:
         return "was changed since it was wrapped: blocks were exchanged, or wrapped by themselves"
     if runtime.device != device:
         return f"is wrapped already, for {runtime.device} and not for {device}"
@@ -82,6 +81,12 @@ def packed(modules: Iterable[nn.Module]) -> bool | None:
     """Whether wrapped transformers are packed; None: none is wrapped, or not all are alike."""
     shares = {known.pack for known in map(find_wrapped, modules) if known is not None}
     return bool(shares.pop()) if shares in ({0.0}, {1.0}) else None
+
+
+def granularity(modules: Iterable[nn.Module]) -> str | None:
+    """Of wrapped transformers, what is fetched at once; None: none is wrapped, or they differ."""
+    found = {known.runtime.granularity for known in map(find_wrapped, modules) if known is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def blocks_ahead(modules: Iterable[nn.Module]) -> int | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wanoffload import hooks, wrapping
+from wanoffload.apart import BLOCK
 from wanoffload.facts.tally import image_bytes
 from wanoffload.host_tensor import HostTensor, ordinary_tensors
 from wanoffload.host_tiers import AUTO, DISK, HostChoice
@@ -40,10 +41,11 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a component is run. `prefetch`: of a streamed one, in blocks. `pack`: of a streamed DiT,
-    the share of its blocks that is packed; None: nothing was said of it. `budget`: of a streamed
-    DiT, what its weights may take on the device; None: no block stays there. `residents_stay`:
-    what stays there does so while other components run.
+    """How a component is run. `prefetch`: of a streamed one, in blocks, or parts; None: as many as
+    `wrap` takes. `pack`: of a streamed DiT, the share of its blocks that is packed; None: nothing
+    was said of it. `budget`: of a streamed DiT, what its weights may take on the device; None: no
+    block stays there. `residents_stay`: what stays there does so while other components run.
+    `granularity`: of a streamed DiT, what is fetched at once, as of `wrap`.
 
     Parked: the component goes to the device as a whole for its use. Streamed: a DiT's blocks pass
     through slots and the rest stays on the device; of an encoder, the rest goes to the device and
@@ -51,10 +53,11 @@ class Treatment:
     """
 
     kind: str
-    prefetch: int = 0
+    prefetch: int | None = 0
     pack: float | None = None
     budget: int | None = None
     residents_stay: bool = True
+    granularity: str = BLOCK
 
 
 class Acted(Protocol):
@@ -82,6 +85,8 @@ class Acted(Protocol):
     def budget_of_one(self) -> int | None: ...
     @property
     def residents_stay(self) -> bool: ...
+    @property
+    def granularity(self) -> str: ...
 
 
 def role(name: str) -> str:
@@ -111,13 +116,13 @@ def _dit(plan: Acted) -> Treatment:
     if plan.use_fsdp_inference:
         return Treatment(UNTOUCHED)
     if plan.dit_layerwise_offload:  # with dit_cpu_offload too: its weights start on the host
-        assert plan.dit_offload_prefetch_size is not None
         return Treatment(
             STREAMED,
             plan.dit_offload_prefetch_size,
             plan.pack_share,
             plan.budget_of_one,
             plan.residents_stay,
+            plan.granularity,
         )
     return Treatment(PARKED if plan.dit_cpu_offload else RESIDENT)
 
@@ -201,6 +206,12 @@ class Component:
         return self.runtime.pack if asked is None else asked
 
     @property
+    def granularity(self) -> str | None:
+        """What is fetched at once of a streamed DiT; None: it is not streamed."""
+        streamed = role(self.name) == DIT and self.runtime is not None
+        return self.runtime.granularity if streamed and self.runtime is not None else None
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in _tensors([self.module]))
 
@@ -261,7 +272,9 @@ class Component:
         """Whether nothing but prefetch and budget differ."""
         if self.runtime is None or wanted.kind != STREAMED:
             return False
-        return role(self.name) != DIT or wanted.pack in (None, self.packed)
+        if role(self.name) != DIT:
+            return True
+        return wanted.pack in (None, self.packed) and wanted.granularity == self.granularity
 
     def _keep_streaming(self, runtime: Offloader, wanted: Treatment) -> None:
         runtime.set_prefetch(wanted.prefetch)  # which also pauses it, until it is the tenant
@@ -282,6 +295,7 @@ class Component:
             wanted.prefetch,
             self.device,
             vram_budget=wanted.budget,
+            granularity=wanted.granularity,
             host=host,
             share=None if host.kind == DISK else unread.share,
             pack=wanted.pack,
@@ -322,6 +336,7 @@ class Component:
             wanted.prefetch,
             device=self.device,
             vram_budget=wanted.budget,
+            granularity=wanted.granularity,
             host=host,
             pack=wanted.pack,
             rest=rest,

@@ -18,7 +18,13 @@ from wanoffload.host_tiers import AUTO, HostChoice
 from wanoffload.loading.unread import Unread
 from wanoffload.machine.hardware import Hardware
 from wanoffload.pipelines.acting import Enabled, within
-from wanoffload.pipelines.adopting import blocks_ahead, find_wrapped, packed, why_not
+from wanoffload.pipelines.adopting import (
+    blocks_ahead,
+    find_wrapped,
+    granularity,
+    packed,
+    why_not,
+)
 from wanoffload.pipelines.components import role
 from wanoffload.pipelines.enabled_class import enabled_class, ordinary_class, state
 from wanoffload.pipelines.tenancy import installed
@@ -61,8 +67,9 @@ def enable(
             the device with its first forward and stays until `disable`. A transformer that is
             wrapped already keeps its images, where they are, and `verify` where the plan streams
             it, and its prefetch, as if `dit_offload_prefetch_size` had been chosen (of two that
-            differ, the larger; 0 becomes 1), and stays packed or plain, as if `pack` had been;
-            where the plan does not stream it, it is unwrapped.
+            differ, the larger; 0 becomes 1), and stays packed or plain, and in blocks or parts, as
+            if `pack` and `granularity` had been; where the plan does not stream it, it is
+            unwrapped.
         mode, choices: as for `wanoffload.plan`.
         workload: what will be generated. If it is not given, what depends on it is decided at the
             first call of the pipeline, and again at a call of another size; only components whose
@@ -157,7 +164,8 @@ def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardwar
     """
     modules = list(modules)
     wrapped = [known.runtime for known in map(find_wrapped, modules) if known is not None]
-    slots = sum(runtime.slots.nbytes for runtime in wrapped if runtime.device.type == "cuda")
+    wrapped_here = [runtime for runtime in wrapped if runtime.device.type == "cuda"]
+    slots = sum(runtime.slots.nbytes + runtime.ring.nbytes for runtime in wrapped_here)
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values()
     kept = host_memory.bytes_not_given_back(tensors)
     on_device = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
@@ -179,7 +187,13 @@ def _saved(runtime: Offloader) -> int:
 def with_choices_found(choices: dict[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """How transformers were wrapped counts as chosen, unless something else is chosen."""
     dits = [module for key, module in modules.items() if role(key) == DIT]
-    found = {"dit_offload_prefetch_size": blocks_ahead(dits), "pack": packed(dits)}
+    found = {
+        "dit_offload_prefetch_size": blocks_ahead(dits),
+        "pack": packed(dits),
+        "granularity": granularity(dits),
+    }
+    if choices.get("granularity") not in (None, found["granularity"]):
+        del found["dit_offload_prefetch_size"]  # it counts something else
     kept = {
         name: value
         for name, value in found.items()

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from wanoffload.apart import BLOCK, PART
 from wanoffload.errors import WrapError
 from wanoffload.facts.look import look
 from wanoffload.facts.model import ModelFacts
 from wanoffload.host_tiers import AUTO, DISK, HostChoice
+from wanoffload.loading.cached_weights import granularity_in
 from wanoffload.loading.files import Hub
 from wanoffload.machine.hardware import Hardware
 from wanoffload.pipelines import acting
@@ -25,9 +27,8 @@ from wanoffload.pipelines.enabling import (
     with_choices_found,
     with_own_weights,
 )
-from wanoffload.pipelines.pipeline_source import Dtype, find_source
+from wanoffload.pipelines.pipeline_source import Dtype, cache_file, find_source
 from wanoffload.policy.choices import check_mode
-from wanoffload.units import BLOCK
 from wanoffload.workload import Workload
 from wanoffload.wrapping import check_options, resolve_device
 
@@ -70,7 +71,8 @@ def load_pipeline(
             transformer whose treatment depends on it is streamed at first if that is what `plan`
             says of an unknown size, and else stays on the host; the first call decides anew.
         cache: a folder for the cache files of the transformers, as of `load`, each by its name
-            (`transformer.images`). Made if it is not there.
+            (`transformer.images`). Made if it is not there. What is there is taken as it is, in
+            blocks or parts, unless `granularity` is "block" or "part".
         share: a name, as of `load`: under it processes hold one copy of each transformer's images.
         torch_dtype: as of `from_pretrained`: of all components, or `{name: dtype, "default": ...}`.
         variant, revision, cache_dir, token, local_files_only: as of `from_pretrained`.
@@ -100,6 +102,7 @@ def load_pipeline(
     machine = within(machine, choice)
     choices = with_choices_found(choices, source.modules)
     choices = without_packing_in_files(choices, choice, folder)
+    choices = with_granularity_in_cache(choices, folder, source.transformers())
     in_files = choice.kind in (AUTO, DISK)
     known = facts or replace(source.facts(), blocks_in_files=in_files)
     plan = acting.decide(known, workload, machine, mode, choices)
@@ -134,6 +137,16 @@ def without_packing_in_files(
     if host.kind != DISK or cache is not None or choices.get("pack") is True:
         return choices
     return {**choices, "pack": False}
+
+
+def with_granularity_in_cache(
+    choices: dict[str, Any], cache: Path | None, transformers: list[str]
+) -> dict[str, Any]:
+    """Cache files that are there are taken as they are, unless the user insists."""
+    if cache is None or choices.get("granularity") in (BLOCK, PART):
+        return choices
+    found = {granularity_in(cache_file(cache, name)) for name in transformers} - {None}
+    return {**choices, "granularity": found.pop()} if len(found) == 1 else choices
 
 
 def check_way(

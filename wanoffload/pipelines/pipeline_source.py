@@ -127,6 +127,11 @@ def _folder(
         raise CheckpointError(f"{path_or_id} could not be had from the hub: {error}") from error
 
 
+def cache_file(cache: Path, name: str) -> Path:
+    """Of the transformer of this name, in the folder of all."""
+    return cache / f"{name}.images"
+
+
 @dataclass(frozen=True)
 class Source:
     """A pipeline's folder, and how it is loaded. `given`: what is not taken from it."""
@@ -183,7 +188,7 @@ class Source:
         if cls is None:
             raise CheckpointError(f"{library} has no {class_name}, which is what {name} is")
         described = describe(cls, checkpoint, self._dtype(name))
-        own = cache / f"{name}.images" if cache is not None else None
+        own = cache_file(cache, name) if cache is not None else None
         return Unread(described, checkpoint.files, own, share and f"{share}/{name}")
 
     def assemble(self, unread: Mapping[str, Unread]) -> Any:

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from wanoffload.apart import AUTO as AUTO
+from wanoffload.apart import BLOCK, PART
 from wanoffload.sizes import parse_bytes
 
 DIT = "dit"
 AUXILIARY = ("text_encoder", "image_encoder", "vae")
 COMPONENTS = (DIT, *AUXILIARY)
 MODES = ("auto", "memory", "speed", "manual")
-AUTO = "auto"
+GRANULARITIES = (BLOCK, PART, AUTO)
 
 _GROUPS = {"default": AUXILIARY, "all": COMPONENTS}
 _FLAGS = (
@@ -32,7 +34,8 @@ class Choices:
 
     `dit_offload_prefetch_size` is as given: a count, or a ratio below 1 (see `blocks_ahead`).
     `layerwise_offload_components` is in the order of COMPONENTS. `pack` may be AUTO: to be decided,
-    in modes too that by themselves pack nothing.
+    in modes too that by themselves pack nothing. `granularity`: BLOCK, PART or AUTO, which is as if
+    it were not chosen.
     """
 
     dit_layerwise_offload: bool | None = None
@@ -45,6 +48,7 @@ class Choices:
     use_fsdp_inference: bool | None = None
     vram_budget: int | None = None
     pack: bool | str | None = None
+    granularity: str | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Choices:
@@ -78,7 +82,7 @@ class Choices:
 
 
 def blocks_ahead(size: float, blocks: int) -> int:
-    """A prefetch size in blocks: a count of 1 or more, or a ratio v below 1 of n blocks.
+    """A prefetch size in blocks, or parts: a count of 1 or more, or a ratio v below 1 of n of them.
 
     A ratio means 1 + round(v (n - 1)), so 0 means 1.
     """
@@ -103,6 +107,10 @@ def _checked(name: str, value: Any) -> Any:
         return _components(value)
     if name == "vram_budget":
         return parse_bytes(value, name)
+    if name == "granularity":
+        if value not in GRANULARITIES:
+            raise ValueError(f"granularity is 'block', 'part', 'auto' or None, not {value!r}")
+        return value
     if name == "pack":
         if not isinstance(value, bool) and value != AUTO:
             raise ValueError(f"pack is True, False, 'auto' or None, not {value!r}")

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from wanoffload.apart import BLOCK, PART
 from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
-from wanoffload.policy import cost, rules
+from wanoffload.policy import cost, rules, within
 from wanoffload.policy.choices import AUTO, AUXILIARY, DIT, Choices, blocks_ahead
 from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Around, Candidate, Placement
-from wanoffload.policy.rules import Decision
+from wanoffload.policy.rules import ENOUGH, Decision
 from wanoffload.sizes import gb
 from wanoffload.workload import Workload
 
 EQUAL = 1.005
 """Plans within half a per cent of the fastest count as equally fast."""
-ENOUGH = 1
-"""Blocks ahead that hide copies behind compute where blocks are alike; the least to consider."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Problem:
     def base(self) -> Placement:
         """What the base rules say."""
         if self.decision.dit_layerwise:
-            return Placement(STREAM, self.decision.prefetch, self.decision.packed)
+            decision = self.decision
+            return Placement(STREAM, decision.prefetch, decision.packed, decision.granularity)
         return Placement(WHOLE if self.decision.dit_cpu_offload else RESIDENT)
 
 
@@ -70,12 +70,51 @@ class Considered:
 
 
 def consider(problem: Problem, placements: Iterable[Placement] | None = None) -> list[Considered]:
-    """Every permitted placement, or these, with its verdict; that of the base rules first."""
+    """Every permitted placement, or these, with its verdict; that of the base rules first.
+
+    Where none of them can be taken, also the same in the other granularity, if that is open.
+    """
+    if placements is not None:
+        return _judged(problem, placements)
+    found = _judged(problem, permitted(problem))
+    if any(each.obstacle is None for each in found):
+        return found
+    return found + _in_the_other_granularity(problem, found)
+
+
+def _in_the_other_granularity(problem: Problem, found: list[Considered]) -> list[Considered]:
+    """What is streamed in blocks, in their parts, or the other way round. Of what can't be taken
+    either, the first alone, for its numbers."""
+    streamed = [c for c in found if c.candidate.placement.kind == STREAM]
+    other = other_granularity(problem)
+    if other is None or not streamed:
+        return []
+    shares = dict.fromkeys(each.candidate.placement.packed for each in streamed)
+    ahead = depths(problem, other)
+    judged = _judged(
+        problem, (Placement(STREAM, n, share, other) for share in shares for n in ahead)
+    )
+    if any(each.obstacle is None for each in judged):
+        return judged
+    nearest = min((each.candidate for each in streamed), key=least_first)
+    return judged[:1] if _helps(problem, judged[0].candidate, nearest) else []
+
+
+def _helps(problem: Problem, candidate: Candidate, nearest: Candidate) -> bool:
+    """Whether it takes less of that of which the nearest takes too much."""
+    budget, device = problem.choices.vram_budget, problem.limits.device_memory
+    if budget is not None and nearest.device_weight_bytes > budget:
+        return candidate.device_weight_bytes < nearest.device_weight_bytes
+    short = device is not None and nearest.device_need_bytes > int(device)
+    return short and candidate.device_need_bytes < nearest.device_need_bytes
+
+
+def _judged(problem: Problem, placements: Iterable[Placement]) -> list[Considered]:
     machine, assumed = cost.with_assumed_rates(problem.limits)
     timed = not assumed or problem.limits.platform in rules.SUPPORTED_PLATFORMS
     facts = replace(problem.facts, dits=()) if problem.left_alone else problem.facts
     found = []
-    for placement in permitted(problem) if placements is None else placements:
+    for placement in placements:
         around = around_of(problem.decision, placement)
         budget = problem.choices.vram_budget
         candidate = cost.predict(facts, placement, around, problem.workload, machine, budget)
@@ -93,7 +132,9 @@ def permitted(problem: Problem) -> list[Placement]:
     first, *more = forms(problem)
     found = [problem.base, *(Placement(kind) for kind in (RESIDENT, WHOLE) if kind in kinds)]
     if STREAM in kinds:
-        found += [Placement(STREAM, depth, first) for depth in depths(problem)]
+        granularity = streams_in(problem)
+        ahead = depths(problem, granularity)
+        found += [Placement(STREAM, depth, first, granularity) for depth in ahead]
     streamed = [placement for placement in found if placement.kind == STREAM]
     found += [replace(placement, packed=share) for share in more for placement in streamed]
     return list(dict.fromkeys(found))
@@ -121,12 +162,25 @@ def stream_forbidden(facts: ModelFacts, choices: Choices) -> bool:
     return choices.dit_layerwise_offload is False or left_out or facts.cache_dit
 
 
-def depths(problem: Problem) -> tuple[int, ...]:
-    """Numbers of blocks ahead to compare."""
+def streams_in(problem: Problem) -> str:
+    """The granularity to compare where the DiT is streamed."""
+    return rules.granularity_of(problem.facts, problem.mode, problem.choices)[0]
+
+
+def other_granularity(problem: Problem) -> str | None:
+    """What may take the place of it; None: it was chosen, or parts are not known."""
+    chosen = rules.chosen_granularity(problem.choices)
+    if chosen is not None or not within.known_in_parts(problem.facts):
+        return None
+    return BLOCK if streams_in(problem) == PART else PART
+
+
+def depths(problem: Problem, granularity: str) -> tuple[int | None, ...]:
+    """Numbers of blocks, or parts, ahead to compare."""
     chosen = problem.choices.dit_offload_prefetch_size
     if chosen is not None:
-        return (blocks_ahead(chosen, rules.most_blocks(problem.facts)),)
-    return (rules.DEFAULT_PREFETCH, ENOUGH)
+        return (blocks_ahead(chosen, rules.most_units(problem.facts, granularity)),)
+    return (None,) if granularity == PART else (rules.DEFAULT_PREFETCH, ENOUGH)
 
 
 def forms(problem: Problem) -> list[float]:
@@ -188,6 +242,11 @@ def obstacle(problem: Problem, candidate: Candidate) -> str | None:
     return None
 
 
+def least_first(candidate: Candidate) -> tuple[int, int]:
+    """What the candidate takes of the device."""
+    return candidate.device_weight_bytes, candidate.device_need_bytes
+
+
 def choose(problem: Problem, considered: list[Considered]) -> Candidate | None:
     """The candidate to take, or None if none can be."""
     usable = [c.candidate for c in considered if c.obstacle is None]
@@ -215,8 +274,9 @@ def kept_from_streaming(problem: Problem) -> bool:
 def spent(problem: Problem, candidate: Candidate) -> float:
     """Seconds a step. Blocks that stand on the host already in another form must be brought into
     this one, which is spread over the steps of one generation."""
-    now, placement = problem.facts.packed, candidate.placement
-    if now is None or placement.kind != STREAM or placement.packed == now:
+    facts, placement = problem.facts, candidate.placement
+    same = (placement.packed, placement.granularity) == (facts.packed, facts.granularity or BLOCK)
+    if facts.packed is None or placement.kind != STREAM or same:
         return seconds(candidate)
     assert problem.workload is not None
     change = cost.streaming_seconds(problem.facts, placement)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from wanoffload.apart import BLOCK, PART
 from wanoffload.facts.model import ComponentFacts, DitFacts, ModelFacts
 from wanoffload.host_tiers import READ_AHEAD_BYTES
 from wanoffload.machine.hardware import RATES, Hardware
@@ -62,18 +63,22 @@ class Placement:
 
     `kind`: RESIDENT, on the device; WHOLE, the DiT goes to the device for its use and back, one
     expert at a time; STREAM, block by block, `prefetch` blocks ahead, of which the share `packed`
-    is packed.
+    is packed; or, with granularity PART, part by part: `prefetch` counts these, and None is as many
+    as their ring has room for, which is one.
     """
 
     kind: str
     prefetch: int | None = None
     packed: float = 0.0
+    granularity: str = BLOCK
 
     def __str__(self) -> str:
         if self.kind == STREAM:
             some = f"{100 * self.packed:.3g} % " if self.packed < 1 else ""
             form = f", {some}packed" if self.packed else ""
-            return f"streamed, prefetch {self.prefetch}{form}"
+            how = " in parts of blocks" if self.granularity == PART else ""
+            ahead = f", prefetch {self.prefetch}" if self.prefetch is not None else ""
+            return f"streamed{how}{ahead}{form}"
         return {RESIDENT: "resident", WHOLE: "whole, to the device and back"}[self.kind]
 
 
@@ -94,8 +99,8 @@ class Candidate:
     `device_weight_bytes`: of the DiT at most, slots and staging included. `device_need_bytes`: the
     peak with the stated reserve. `host_locked_bytes`: page-locked, of all components.
     `link_bytes`: of the DiT's weights that come over the link in each forward. `resident_units`,
-    `kept_packed_units`: blocks of a DiT that stay on the device under a budget, plain or packed;
-    `residents_stay`: also while other components run.
+    `kept_packed_units`: blocks of a DiT (or parts) that stay on the device under a budget, plain or
+    packed; `residents_stay`: also while other components run.
     """
 
     placement: Placement
@@ -113,7 +118,7 @@ class Candidate:
 
     @property
     def staying_units(self) -> int:
-        """Blocks that stay on the device, plain or packed."""
+        """Blocks, or parts, that stay on the device, plain or packed."""
         return self.resident_units + self.kept_packed_units
 
 
@@ -182,6 +187,7 @@ def predict(
     `budget`: what the DiTs' weights may take on the device, if that was chosen: blocks of a
     streamed one that fit stay there.
     """
+    facts = facts.streamed_in(placement.granularity)
     stay = _what_stays(facts, placement, budget)
     tokens = facts.tokens(workload) if workload else 0
     videos = workload.videos if workload else 1
@@ -204,7 +210,7 @@ def predict(
         device_weight_bytes=weights,
         host_locked_bytes=_locked(facts, placement, around),
         link_bytes=_link_bytes(facts, placement, stay),
-        staging_bytes=_staging(facts, placement),
+        staging_bytes=_staging(facts, placement, stay),
         resident_units=max((len(residency.resident) for residency in stay), default=0),
         kept_packed_units=max((len(residency.kept_packed) for residency in stay), default=0),
         residents_stay=stays,
@@ -229,13 +235,14 @@ def slots_bytes(component: ComponentFacts, prefetch: int) -> int:
 
 
 def _what_stays(facts: ModelFacts, placement: Placement, budget: int | None) -> list[Residency]:
-    """Of each DiT; nothing where nothing is streamed, or the budget is none or too small."""
-    if placement.kind != STREAM or budget is None:
+    """Of each DiT; nothing where nothing is streamed, or the budget is none or too small. Of parts
+    also without a budget: then it says how large their ring is."""
+    how = placement.granularity
+    if placement.kind != STREAM or (budget is None and how == BLOCK):
         return []
-    assert placement.prefetch is not None
-    part = within.share_of_one(facts, budget)
+    part = within.share_of_one(facts, budget) if budget is not None else None
     found = [
-        within.residency(dit, placement.packed, placement.prefetch, part) for dit in facts.dits
+        within.residency(dit, placement.packed, placement.prefetch, part, how) for dit in facts.dits
     ]
     return [residency for residency in found if residency is not None]
 
@@ -248,18 +255,20 @@ def _weights_while_denoising(
         return sum(dit.bytes for dit in facts.dits)
     if placement.kind == WHOLE:
         return max((dit.bytes for dit in facts.dits), default=0)
-    assert placement.prefetch is not None
-    if budget is not None and facts.dits:
-        rest = budget - within.share_of_one(facts, budget)
+    if facts.dits and (budget is not None or placement.granularity == PART):
+        rest = within.others_beside(facts)
         if len(stay) == len(facts.dits):
             return rest + max(residency.device_bytes for residency in stay)
-        form = placement.packed, placement.prefetch
+        form = placement.packed, placement.prefetch, placement.granularity
         return rest + max(within.least_bytes(dit, *form) for dit in facts.dits)
-    slots = max((slots_bytes(dit, placement.prefetch) for dit in facts.dits), default=0)
-    return slots + _staging(facts, placement) + sum(dit.other_bytes for dit in facts.dits)
+    ahead = placement.prefetch or 0
+    slots = max((slots_bytes(dit, ahead) for dit in facts.dits), default=0)
+    return slots + _staging(facts, placement, stay) + sum(dit.other_bytes for dit in facts.dits)
 
 
-def _staging(facts: ModelFacts, placement: Placement) -> int:
+def _staging(facts: ModelFacts, placement: Placement, stay: list[Residency]) -> int:
+    if placement.granularity == PART and stay:
+        return packed.STAGING_SLOTS * max(residency.staging_bytes for residency in stay)
     return max((packed.staging_bytes(dit, placement.packed) for dit in facts.dits), default=0)
 
 
@@ -345,7 +354,8 @@ def _parked(facts: ModelFacts, placement: Placement, around: Around) -> int:
 def from_disk(candidate: Candidate, facts: ModelFacts) -> Candidate:
     """A streamed candidate whose blocks are read from disk for each use, as few on the host as
     can be. How long that takes is not predicted."""
-    blocks = sum(packed.host_bytes(dit, candidate.placement.packed) for dit in facts.dits)
+    dits = facts.streamed_in(candidate.placement.granularity).dits
+    blocks = sum(packed.host_bytes(dit, candidate.placement.packed) for dit in dits)
     locked = candidate.host_locked_bytes - blocks + min(blocks, READ_AHEAD_BYTES)
     return replace(candidate, step_seconds=None, host_locked_bytes=locked)
 
@@ -404,14 +414,15 @@ def _forward(
     compute = videos * alone  # the weights come once for all of them
     if placement.kind != STREAM:
         return compute
-    assert placement.prefetch is not None
+    ahead = placement.prefetch or 0
     if stay is not None:
+        ahead = within.blocks_ahead(dit, stay) if placement.granularity == PART else ahead
         compute += packed.seconds_to_decode(stay.decoded_bytes, machine)
         copy = _link_seconds(stay.streamed_bytes, machine)
     else:
         compute += packed.decode_seconds(dit, placement.packed, machine)
         copy = packed.copy_seconds(dit, placement.packed, machine)
-    return _streamed(compute, copy, placement.prefetch)
+    return _streamed(compute, copy, ahead)
 
 
 def share_needed(facts: ModelFacts, workload: Workload, machine: Hardware) -> float | None:

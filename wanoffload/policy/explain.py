@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from wanoffload.apart import PART
 from wanoffload.policy.choices import AUXILIARY
 from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Placement
-from wanoffload.policy.rules import most_blocks
+from wanoffload.policy.forms import UNITS
+from wanoffload.policy.rules import most_units
 from wanoffload.sizes import gb
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ CHOICES = (
     "use_fsdp_inference",
     "vram_budget",
     "pack",
+    "granularity",
 )
 PREDICTIONS = ("step_seconds", "start_seconds", "device_peak_bytes", "host_locked_bytes")
 
@@ -72,7 +75,8 @@ def _as_values(found: Iterable[Considered]) -> list[dict[str, Any]]:
 def taken(plan: Plan) -> Placement:
     """How the plan runs the DiT."""
     if plan.dit_layerwise_offload:
-        return Placement(STREAM, plan.dit_offload_prefetch_size, plan.pack_share or 0.0)
+        ahead, share = plan.dit_offload_prefetch_size, plan.pack_share or 0.0
+        return Placement(STREAM, ahead, share, plan.granularity)
     return Placement(WHOLE if plan.dit_cpu_offload else RESIDENT)
 
 
@@ -107,10 +111,16 @@ def _of_the_dit(plan: Plan) -> str:
     how = {
         RESIDENT: "stays on the device",
         WHOLE: "waits on the host and is on the device while it runs",
-        STREAM: f"is streamed block by block, {plan.dit_offload_prefetch_size} ahead",
+        STREAM: _streamed_how(plan),
     }
     form = f", {form_name(plan, plan.pack_share)}" if plan.pack_share else ""
     return f"The DiT {how[taken(plan).kind]}{form}{_staying(plan)}"
+
+
+def _streamed_how(plan: Plan) -> str:
+    ahead = plan.dit_offload_prefetch_size
+    how = "in parts of its blocks" if plan.granularity == PART else "block by block"
+    return f"is streamed {how}" + (f", {ahead} ahead" if ahead is not None else "")
 
 
 def _staying(plan: Plan) -> str:
@@ -123,16 +133,16 @@ def _staying(plan: Plan) -> str:
     kept = candidate.kept_packed_units
     packed = f", {kept} of them packed" if kept else ""
     until = "" if plan.residents_stay else ", while it runs"
-    blocks = most_blocks(plan.facts)
-    return f"; {candidate.staying_units} of {blocks} blocks stay on the device{packed}{until}"
+    units, name = most_units(plan.facts, plan.granularity), UNITS[plan.granularity]
+    return f"; {candidate.staying_units} of {units} {name} stay on the device{packed}{until}"
 
 
 def form_name(plan: Plan, share: float) -> str:
     """How blocks stand on the host, of which this share is packed."""
     if not share:
         return "plain"
-    blocks = most_blocks(plan.facts)
-    return "packed" if share == 1 else f"{round(share * blocks)} of {blocks} blocks packed"
+    units, name = most_units(plan.facts, plan.granularity), UNITS[plan.granularity]
+    return "packed" if share == 1 else f"{round(share * units)} of {units} {name} packed"
 
 
 def _offloaded(plan: Plan, name: str) -> bool:
@@ -186,7 +196,8 @@ def _form(plan: Plan, each: Considered) -> str:
         parts.append(f"{candidate.step_seconds:.4g} s a step")
     parts.append(f"{gb(candidate.host_locked_bytes)} page-locked")
     if candidate.staying_units:
-        parts.append(f"{candidate.staying_units} blocks stay on the device")
+        units = UNITS[candidate.placement.granularity]
+        parts.append(f"{candidate.staying_units} {units} stay on the device")
     if candidate.staging_bytes:
         parts.append(f"{gb(candidate.staging_bytes)} of staging on the device")
     is_taken = candidate.placement == taken(plan)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from wanoffload.apart import BLOCK, PART
 from wanoffload.policy import compare, rules
 from wanoffload.policy.compare import EQUAL, Considered, Problem, seconds
 from wanoffload.policy.cost import STREAM, Candidate, Placement
-from wanoffload.policy.rules import most_blocks
+from wanoffload.policy.rules import most_units
+
+UNITS = {BLOCK: "blocks", PART: "parts"}
 
 
 def of_the_same(problem: Problem, placement: Placement) -> list[Considered]:
@@ -51,17 +54,17 @@ def say(problem: Problem, considered: list[Considered], taken: Candidate) -> Non
         decision.messages.append(f"blocks of the DiT are stored packed: {why}")
 
 
-def how_many(problem: Problem, share: float) -> str:
+def how_many(problem: Problem, share: float, granularity: str) -> str:
     """A share in words."""
     if share == 1:
         return "all blocks"
-    blocks = most_blocks(problem.facts)
-    return f"{round(share * blocks)} of {blocks} blocks, evenly spread"
+    units = most_units(problem.facts, granularity)
+    return f"{round(share * units)} of {units} {UNITS[granularity]}, evenly spread"
 
 
 def _why_packed(problem: Problem, considered: list[Considered], taken: Candidate) -> str | None:
     """None where nothing is known to tell from."""
-    packed = how_many(problem, taken.placement.packed)
+    packed = how_many(problem, taken.placement.packed, taken.placement.granularity)
     plain = next(
         c for c in considered if c.candidate.placement == replace(taken.placement, packed=0.0)
     )

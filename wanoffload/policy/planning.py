@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from wanoffload.apart import PART
 from wanoffload.facts.look import look
 from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
@@ -29,7 +30,8 @@ FROM_DISK = "host memory is short: blocks of the DiT are read from disk for each
 class Plan:
     """What was decided, under the choices' own names, what is predicted, and why.
 
-    `dit_offload_prefetch_size` is a number of blocks, None where the DiT is not streamed.
+    `dit_offload_prefetch_size` is a number of blocks, None where the DiT is not streamed. With
+    `granularity` "part" it counts parts of blocks, and is None unless it was chosen.
     Predictions are None where nothing is known to predict from: `step_seconds` (one denoising step,
     all its forwards), `start_seconds`, `device_peak_bytes` (weights and activations, allocated, at
     the worst moment of a generation), `host_locked_bytes`. `fits` is False if no permitted plan
@@ -58,6 +60,7 @@ class Plan:
     vram_budget: int | None
     pack: bool
     pack_share: float | None
+    granularity: str
     step_seconds: float | None
     start_seconds: float | None
     device_peak_bytes: int | None
@@ -75,7 +78,7 @@ class Plan:
         """What one streamed DiT may take of `vram_budget`; None: it was not chosen."""
         if self.vram_budget is None or not self.dit_layerwise_offload:
             return None
-        return within.share_of_one(self.facts, self.vram_budget)
+        return within.share_of_one(self.facts.streamed_in(self.granularity), self.vram_budget)
 
     def explain(self) -> str:
         """The plan in plain text: what was decided, by which rule, and what was compared."""
@@ -112,8 +115,10 @@ def plan(
             `dit_offload_prefetch_size`, `text_encoder_cpu_offload`, `image_encoder_cpu_offload`,
             `vae_cpu_offload`, `use_fsdp_inference`, `vram_budget` (bytes or text: what the DiT's
             weights may take on the device), `pack` (True, False, or "auto": packed where the link
-            binds or host memory is short; modes "auto" and "memory" do so by themselves). None is
-            the same as not given.
+            binds or host memory is short; modes "auto" and "memory" do so by themselves),
+            `granularity` ("block", "part": parts of blocks through a ring, which takes less of the
+            device; "auto", as without it: parts where no plan with blocks fits, and in mode
+            "memory" where they take less). None is the same as not given.
 
     Returns:
         A plan. If nothing that is permitted fits, `fits` is False and `messages` have the numbers.
@@ -140,6 +145,7 @@ def plan(
     _say_assumed(problem, considered[0].candidate)
     if taken is not None and taken.placement != problem.base:
         _say_overruled(problem, considered, taken)
+    _say_granularity(problem, considered, taken or considered[0].candidate)
     forms.say(problem, considered, taken or considered[0].candidate)
     if taken is None:
         taken = considered[0].candidate
@@ -169,6 +175,8 @@ def _say_overruled(problem: Problem, considered: list[Considered], taken: Candid
     streamed = taken.placement.kind == STREAM
     base = considered[0]
     if streamed_by_rule and streamed:
+        if taken.placement.granularity != problem.base.granularity:
+            return  # `_say_granularity` tells of it
         if taken.placement.prefetch == problem.base.prefetch:
             return  # the form alone differs: `forms.say` tells of it
         base = forms.like(base, considered, taken.placement.packed)
@@ -200,6 +208,30 @@ def _say_prefetch(problem: Problem, streamed: bool) -> None:
     decision.reasons[name] = "rule 4: the DiT is not streamed"
     if chosen is not None:
         decision.messages.append(rules.no_effect(chosen, decision))
+
+
+def _say_granularity(problem: Problem, considered: list[Considered], taken: Candidate) -> None:
+    """Rule 10, as it came out, and what it means for the prefetch size."""
+    decision, choices, placement = problem.decision, problem.choices, taken.placement
+    if placement.kind != STREAM:
+        rules.no_parts(decision, choices)
+        return
+    said, why = rules.granularity_of(problem.facts, problem.mode, choices)
+    if placement.granularity != said:
+        tried = [c for c in considered if c.candidate.placement.granularity == said]
+        streamed = (c for c in tried if c.candidate.placement.kind == STREAM)
+        nearest = min(streamed, key=lambda c: compare.least_first(c.candidate))
+        why = (
+            f"rule 10: {forms.UNITS[placement.granularity]}, since what is "
+            f"{nearest.candidate.placement} does not fit: {nearest.obstacle}"
+        )
+        in_parts = placement.granularity == PART
+        ahead = rules.PARTS_AHEAD if in_parts else "cost model: what is enough"
+        chosen = choices.made("dit_offload_prefetch_size")
+        decision.reasons["dit_offload_prefetch_size"] = rules.CHOSEN if chosen else ahead
+    elif placement.granularity == PART and not choices.made("dit_offload_prefetch_size"):
+        decision.reasons["dit_offload_prefetch_size"] = rules.PARTS_AHEAD
+    decision.reasons["granularity"] = why
 
 
 def _why(problem: Problem, base: Considered, taken: Candidate) -> str:
@@ -268,6 +300,7 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
         vram_budget=problem.choices.vram_budget,
         pack=placement.packed > 0,
         pack_share=placement.packed if placement.packed or told else None,
+        granularity=placement.granularity,
         step_seconds=taken.step_seconds if timed else None,
         start_seconds=taken.start_seconds if whole and problem.hardware is not None else None,
         device_peak_bytes=taken.device_peak_bytes if whole and problem.workload else None,

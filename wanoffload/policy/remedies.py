@@ -18,6 +18,7 @@ _OF_THE_DIT = (
     "dit_offload_prefetch_size",
     "vram_budget",
     "pack",
+    "granularity",
 )
 _COARSE = tuple(f"{name}_cpu_offload" for name in AUXILIARY)
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from wanoffload.apart import BLOCK, PART
 from wanoffload.facts.model import WAN, ModelFacts
+from wanoffload.policy import within
 from wanoffload.policy.choices import AUTO, AUXILIARY, DIT, Choices, blocks_ahead
+from wanoffload.sizes import gb
 
 DEFAULT_PREFETCH = 2
 SUPPORTED_PLATFORMS = ("cuda",)
@@ -18,13 +21,18 @@ CHOSEN = "chosen"
 NOT_STREAMED = "rule 9: the DiT is not streamed"
 PLAIN_WHILE_UNKNOWN = "rule 9: plain, while size or machine are unknown"
 AS_IT_STANDS = "rule 9: as the blocks stand already"
+NOT_IN_PARTS = "rule 10: the DiT is not streamed"
+WHOLE_BLOCKS = "rule 10: blocks, as long as they fit"
+PARTS_AHEAD = "rule 10: as many parts as their ring has room for"
+ENOUGH = 1
+"""Blocks ahead that hide copies behind compute where blocks are alike; the least to consider."""
 
 
 @dataclass
 class Decision:
     """What was decided, and why; `reasons` has one for each choice, `messages` go to the log.
 
-    `packed`: the share of the DiT's blocks that is packed.
+    `packed`: the share of the DiT's blocks that is packed. `granularity`: BLOCK or PART.
     """
 
     dit_layerwise: bool = False
@@ -32,6 +40,7 @@ class Decision:
     components: list[str] = field(default_factory=list)
     prefetch: int | None = None
     packed: float = 0.0
+    granularity: str = BLOCK
     coarse: dict[str, bool] = field(default_factory=dict)
     fsdp: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
@@ -44,6 +53,7 @@ def decide(facts: ModelFacts, mode: str, choices: Choices, platform: str) -> Dec
     decision = Decision()
     decide_dit(decision, facts, mode, choices, platform)
     decide_components(decision, mode, choices, platform)
+    decide_granularity(decision, facts, mode, choices)
     decide_prefetch(decision, facts, mode, choices)
     decide_packing(decision, facts, mode, choices, platform)
     decide_coarse(decision, choices)
@@ -167,8 +177,60 @@ def _rule_4(choices: Choices) -> str:
     return f"rule 4: the automatic list; rule 6: {flags} chosen, so {', '.join(left)} left it"
 
 
+def decide_granularity(decision: Decision, facts: ModelFacts, mode: str, choices: Choices) -> None:
+    """Rule 10: blocks or their parts, as long as they fit (`compare` looks at that)."""
+    if not decision.dit_layerwise:
+        decision.reasons["granularity"] = NOT_IN_PARTS
+        return
+    found, why = granularity_of(facts, mode, choices)
+    decision.granularity, decision.reasons["granularity"] = found, why
+
+
+def granularity_of(facts: ModelFacts, mode: str, choices: Choices) -> tuple[str, str]:
+    """Of a DiT that is streamed: the granularity by rule 10, and the reason."""
+    chosen = chosen_granularity(choices)
+    if chosen is not None:
+        return chosen, CHOSEN
+    if mode == "memory":
+        return of_least_memory(facts, choices)
+    if facts.granularity == PART:
+        return PART, "rule 10: in parts, as they stand already"
+    return BLOCK, WHOLE_BLOCKS
+
+
+def chosen_granularity(choices: Choices) -> str | None:
+    """None: none was, or it was left to be decided."""
+    return choices.granularity if choices.granularity in (BLOCK, PART) else None
+
+
+def of_least_memory(facts: ModelFacts, choices: Choices) -> tuple[str, str]:
+    """Of blocks and parts what takes less of the device, and why, in mode "memory"."""
+    if not within.known_in_parts(facts):
+        return BLOCK, "rule 10: blocks, their parts are not known"
+    size = choices.dit_offload_prefetch_size
+    ahead = ENOUGH if size is None else blocks_ahead(size, most_units(facts, BLOCK))
+    of_blocks = within.streamed_bytes_on_device(facts, ahead, BLOCK)
+    ahead_in_parts = None if size is None else blocks_ahead(size, most_units(facts, PART))
+    of_parts = within.streamed_bytes_on_device(facts, ahead_in_parts, PART)
+    numbers = f"{gb(of_parts)} of the device in parts, {gb(of_blocks)} in blocks"
+    if of_parts < of_blocks:
+        return PART, f"rule 10: mode 'memory' takes what is less, {numbers}"
+    return BLOCK, f"rule 10: parts would not take less, {numbers}"
+
+
+def no_parts(decision: Decision, choices: Choices) -> None:
+    """The DiT is not streamed, whoever decided that: a message if it was to be, in parts."""
+    decision.reasons["granularity"] = NOT_IN_PARTS
+    if choices.granularity == PART:
+        decision.messages.append(
+            "granularity='part' has no effect: the DiT is not streamed "
+            f"({decision.reasons['dit_layerwise_offload']})"
+        )
+
+
 def decide_prefetch(decision: Decision, facts: ModelFacts, mode: str, choices: Choices) -> None:
-    """Rules 3, 4 and 8: blocks fetched ahead; None where the DiT is not streamed."""
+    """Rules 3, 4, 8 and 10: blocks fetched ahead; None where the DiT is not streamed, and where it
+    streams in parts and nothing was chosen."""
     name = "dit_offload_prefetch_size"
     size = choices.dit_offload_prefetch_size
     if not decision.dit_layerwise:
@@ -177,8 +239,11 @@ def decide_prefetch(decision: Decision, facts: ModelFacts, mode: str, choices: C
         if size is not None:
             decision.messages.append(no_effect(size, decision))
     elif size is not None:
-        decision.prefetch = blocks_ahead(size, most_blocks(facts))
+        decision.prefetch = blocks_ahead(size, most_units(facts, decision.granularity))
         decision.reasons[name] = CHOSEN
+    elif decision.granularity == PART:
+        decision.prefetch = None
+        decision.reasons[name] = PARTS_AHEAD
     elif mode == "auto" and facts.a14b:
         decision.prefetch = DEFAULT_PREFETCH
         decision.reasons[name] = f"rule 3: {DEFAULT_PREFETCH} for Wan2.2 A14B in mode 'auto'"
@@ -233,9 +298,10 @@ def why_settled(facts: ModelFacts, mode: str, choices: Choices, platform: str) -
     return AS_IT_STANDS if why is not None and facts.packed else why
 
 
-def most_blocks(facts: ModelFacts) -> int:
-    """Blocks of the DiT that has most."""
-    return max((len(dit.block_bytes) for dit in facts.dits), default=1)
+def most_units(facts: ModelFacts, granularity: str) -> int:
+    """Blocks, or parts of them, of the DiT that has most."""
+    dits = facts.streamed_in(granularity).dits
+    return max((len(dit.block_bytes) for dit in dits), default=1)
 
 
 def decide_coarse(decision: Decision, choices: Choices) -> None:
