@@ -4,6 +4,7 @@ through slots."""
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import logging
@@ -302,14 +303,15 @@ def adapt(name: str) -> LoraConfig:
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("before_wrap", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("granularity", ["part", "block"])
 def test_adapters_are_those_of_the_resident_model(
-    name: str, before_wrap: bool, pack: bool, device: str
+    granularity: str, name: str, before_wrap: bool, pack: bool, device: str
 ) -> None:
     kind = MODELS[name]
     twin, model, inputs = kind.make().to(device), kind.make(), kind.inputs(device)
     if before_wrap:
         add_adapter(model, name)
-    wrap(model, device, pack=pack)
+    wrap(model, device, pack=pack, granularity=granularity)
     if not before_wrap:
         last = forward(model, inputs)
         add_adapter(model, name)
@@ -1340,6 +1342,7 @@ def test_device_bytes_are_what_torch_allocates(share: float | None) -> None:
     model = Rows(Block).requires_grad_(False)
     plain = sum(p.nbytes for p in model.parameters())
     budget = None if share is None else int(share * plain) + 30 * MIB
+    gc.collect()  # models of other tests
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()

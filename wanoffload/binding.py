@@ -370,10 +370,12 @@ class Binding(hooks.Attached):
                         "first, change the model, and wrap again."
                     )
                 if parameter.device != device:
-                    parameter.data = parameter.data.to(device)
+                    with ordinary_tensors():  # it may be written to outside of inference mode
+                        parameter.data = parameter.data.to(device)
             for key, buffer in owner._buffers.items():
                 if buffer is not None and buffer.device != device:
-                    owner._buffers[key] = buffer.to(device)
+                    with ordinary_tensors():
+                        owner._buffers[key] = buffer.to(device)
 
     # The guard of the host tensors.
 
