@@ -72,7 +72,8 @@ class Considered:
 def consider(problem: Problem, placements: Iterable[Placement] | None = None) -> list[Considered]:
     """Every permitted placement, or these, with its verdict; that of the base rules first.
 
-    Where none of them can be taken, also the same in the other granularity, if that is open.
+    Where the device is too small for all of them, also the same in the other granularity, if that
+    is open.
     """
     if placements is not None:
         return _judged(problem, placements)
@@ -94,10 +95,10 @@ def _in_the_other_granularity(problem: Problem, found: list[Considered]) -> list
     judged = _judged(
         problem, (Placement(STREAM, n, share, other) for share in shares for n in ahead)
     )
-    if any(each.obstacle is None for each in judged):
-        return judged
     nearest = min((each.candidate for each in streamed), key=least_first)
-    return judged[:1] if _helps(problem, judged[0].candidate, nearest) else []
+    if not _helps(problem, judged[0].candidate, nearest):
+        return []
+    return judged if any(each.obstacle is None for each in judged) else judged[:1]
 
 
 def _helps(problem: Problem, candidate: Candidate, nearest: Candidate) -> bool:
