@@ -110,7 +110,8 @@ class _Sweep:
     def _turn(self, live: Live, offloader: Offloader) -> Turns:
         """Steps once what is to stay is there."""
         steps = STEPS.get(self.size.frames, STEPS_OF_LONG)
-        turns = self.measure.warm_up(live, 0.0, steps)
+        for _ in range(2):  # what is found out in the first may change the plan
+            turns = self.measure.warm_up(live, 0.0, steps)
         turns.streamed = offloader.residency.streamed_bytes
         take_as_planned(self.measure, live, turns)
         return turns
