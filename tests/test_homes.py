@@ -473,13 +473,9 @@ def test_what_does_not_fit_its_home_is_refused_and_the_error_has_the_numbers() -
     with pytest.raises(UsageError, match=f"a unit of {CHUNK} bytes in a home of {CHUNK - 1}"):
         engine([], 0, **staging).add_unit(packed, home=[(256, CHUNK - 1)])
     with pytest.raises(UsageError, match=f"a unit of {size} bytes in a home of {size - 1}"):
-        engine([256], CHUNK, **staging).add_unit(
-            packed, home=[(256, size - 1)], as_stored=True
-        )
+        engine([256], CHUNK, **staging).add_unit(packed, home=[(256, size - 1)], as_stored=True)
     with pytest.raises(UsageError, match=f"a unit of {CHUNK} bytes in slots of {CHUNK - 1}"):
-        engine([256], CHUNK - 1, **staging).add_unit(
-            packed, home=[(256, size)], as_stored=True
-        )
+        engine([256], CHUNK - 1, **staging).add_unit(packed, home=[(256, size)], as_stored=True)
     with pytest.raises(UsageError, match="there must be a slot"):
         engine([], 0, **staging).add_unit(packed, home=[(256, size)], as_stored=True)
     with pytest.raises(UsageError, match="there must be a slot"):
