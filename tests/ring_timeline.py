@@ -21,7 +21,7 @@ Piece = tuple[int, int]
 
 @dataclass(frozen=True)
 class Timed:
-    """A part: where it stands, and the seconds of its compute."""
+    """A part: where it stands, and the seconds of its compute. No pieces: it stays where it is."""
 
     pieces: tuple[Piece, ...]
     compute_s: float
@@ -59,7 +59,27 @@ class Holders:
             self._uses.insert(stretch + 1, self._uses[stretch])
 
 
-def ends(parts: Sequence[Timed], ring_bytes: int, link_gb_per_s: float, uses: int) -> list[float]:
+def merged(
+    stretches: Sequence[tuple[int, int]], least_stretch: int
+) -> list[tuple[int, tuple[int, ...]]]:
+    """(bytes, the uses before): a stretch of less is copied at once with its neighbour, behind all
+    that stood there."""
+    found: list[tuple[int, tuple[int, ...]]] = []
+    for nbytes, before in stretches:
+        if found and min(nbytes, found[-1][0]) < least_stretch:
+            found[-1] = (found[-1][0] + nbytes, (*found[-1][1], before))
+        else:
+            found.append((nbytes, (before,)))
+    return found
+
+
+def ends(
+    parts: Sequence[Timed],
+    ring_bytes: int,
+    link_gb_per_s: float,
+    uses: int,
+    least_stretch: int = 0,
+) -> list[float]:
     """When each of so many uses of the parts, one after the other, has been computed."""
     holders = Holders(ring_bytes)
     done: list[float] = []
@@ -67,8 +87,8 @@ def ends(parts: Sequence[Timed], ring_bytes: int, link_gb_per_s: float, uses: in
     for use in range(uses):
         part = parts[use % len(parts)]
         for piece in part.pieces:
-            for nbytes, before in holders.take(piece, use):
-                free = done[before] if before >= 0 else 0.0
+            for nbytes, before in merged(holders.take(piece, use), least_stretch):
+                free = max((done[each] for each in before if each >= 0), default=0.0)
                 copied = max(copied, free) + nbytes / (link_gb_per_s * 1e9)
         now = max(now, copied) + part.compute_s
         done.append(now)
@@ -76,10 +96,14 @@ def ends(parts: Sequence[Timed], ring_bytes: int, link_gb_per_s: float, uses: in
 
 
 def seconds(
-    parts: Sequence[Timed], ring_bytes: int, link_gb_per_s: float, forwards: int = 8
+    parts: Sequence[Timed],
+    ring_bytes: int,
+    link_gb_per_s: float,
+    forwards: int = 8,
+    least_stretch: int = 0,
 ) -> float:
-    """Of a forward in which every part is copied: the mean over the second half of so many."""
-    done = ends(parts, ring_bytes, link_gb_per_s, forwards * len(parts))
+    """Of a forward: the mean over the second half of so many."""
+    done = ends(parts, ring_bytes, link_gb_per_s, forwards * len(parts), least_stretch)
     half = forwards // 2
     return (done[-1] - done[half * len(parts) - 1]) / (forwards - half)
 

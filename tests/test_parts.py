@@ -23,8 +23,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import wanoffload
 from tests.peers import Peer
 from tests.small_models import MODELS, forward
+from tests.small_pipelines import PIPELINES
 from tests.test_activations import GIB, Card
+from tests.test_budget import out_of_memory_at
 from tests.test_compile_and_caches import broadcast, first_block, magnitudes, traces
+from tests.test_pipeline import HERE
 from tests.test_share import build_with, output, stats
 from wanoffload import (
     CacheFileError,
@@ -37,7 +40,9 @@ from wanoffload import (
     WrapError,
     host_memory,
     runtime,
+    wrapping,
 )
+from wanoffload._C import HostBackend
 from wanoffload.pipelines.adopting import find_wrapped, why_not
 from wanoffload.residency import allocated
 from wanoffload.units import CALLED
@@ -1356,3 +1361,109 @@ def test_device_bytes_are_what_torch_allocates(share: float | None) -> None:
     offloader.pause()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - before <= small
+
+
+# --- what fails -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("nth", range(8))
+def test_a_wrap_that_runs_out_of_memory_leaves_the_model_as_it_was(nth: int, pack: bool) -> None:
+    budget = budget_for("wan22_5b", 3, pack=pack)
+    model = KIND.make()
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    with out_of_memory_at(nth) as made:
+        try:
+            wanoffload.wrap(model, device="cpu", vram_budget=budget, pack=pack, granularity="part")
+        except torch.OutOfMemoryError:
+            assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+        else:
+            assert len(made) <= nth
+    if len(made) > nth:
+        assert torch.equal(forward(model, KIND.inputs()), resident("wan22_5b", "cpu"))
+        wrap(model, "cpu", vram_budget=budget, pack=pack)
+    check(model)
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("nth", range(6))
+def test_a_budget_that_the_device_lacks_is_refused_and_the_model_goes_on(
+    nth: int, pack: bool, once: bool
+) -> None:
+    small, large = (budget_for("wan22_5b", n, pack=pack) for n in (1, 5))
+    model = wrapped(vram_budget=small, pack=pack)
+    offloader = wanoffload.offloader(model)
+    check(model)
+    with out_of_memory_at(nth, once) as made:
+        try:
+            offloader.set_budget(large)
+        except torch.OutOfMemoryError:
+            assert offloader.budget.nbytes == small
+        else:
+            assert len(made) <= nth
+    check(model)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("nth", range(4))
+def test_less_stays_where_a_forward_finds_less_memory(
+    nth: int, pack: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = wrapped(vram_budget=budget_for("wan22_5b", 5, pack=pack), pack=pack)
+    offloader = wanoffload.offloader(model)
+    check(model)
+    stayed = len(offloader.homes.units)
+    offloader.pause()
+    passing = 1 + pack  # the ring, and staging memory
+    with caplog.at_level(logging.WARNING), out_of_memory_at(passing + nth, once=True):
+        if nth == 0:  # none of what is to stay could be had
+            with pytest.raises(torch.OutOfMemoryError):
+                forward(model, KIND.inputs())
+            assert offloader.paused
+        else:
+            assert torch.equal(forward(model, KIND.inputs()), resident("wan22_5b", "cpu"))
+            assert 0 <= len(offloader.homes.units) < stayed
+            assert "too little memory" in caplog.text
+    assert torch.equal(forward(model, KIND.inputs()), resident("wan22_5b", "cpu"))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_whatever_call_of_the_backend_fails_the_next_forward_is_right(
+    pack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With bytes of a failed copy, or of one that never came, under those of its successors."""
+    budget = budget_for("wan22_5b", 2, pack=pack)
+    backend = HostBackend()
+    monkeypatch.setattr(wrapping, "backend_for", lambda _: backend)
+    model = wrapped(vram_budget=budget, pack=pack)
+    inputs, expected = KIND.inputs(), resident("wan22_5b", "cpu")
+    assert torch.equal(forward(model, inputs), expected)
+    failures = 0
+    for nth in range(1, 120):
+        backend.fail_at(nth)
+        for _ in range(3):  # what is fetched for the next forward fails there
+            try:
+                assert torch.equal(forward(model, inputs), expected), nth
+            except wanoffload.OffloadError:
+                failures += 1
+        assert torch.equal(forward(model, inputs), expected), nth
+    assert failures > 100
+
+
+@pytest.mark.parametrize("name", ["a14b", "vace", "qwen_image"])
+def test_a_pipeline_is_enabled_around_a_transformer_that_streams_in_parts(name: str) -> None:
+    kind = PIPELINES[name]
+    pipe = kind.make()
+    expected = kind.run(pipe)
+    parts = [p for n, p in pipe.components.items() if n.startswith("transformer") and p is not None]
+    for part in parts:
+        wrap(part, "cpu")
+    runtimes = [wanoffload.offloader(part) for part in parts]
+    wanoffload.enable(pipe, "manual", device="cpu", hardware=HERE, dit_layerwise_offload=True)
+    assert [wanoffload.offloader(part) for part in parts] == runtimes
+    for _ in range(2):
+        assert torch.equal(kind.run(pipe), expected)
+    assert all(each.granularity == "part" and each.stats().acquires for each in runtimes)
+    wanoffload.disable(pipe)
+    assert torch.equal(kind.run(pipe), expected)

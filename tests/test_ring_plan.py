@@ -255,10 +255,10 @@ def test_the_ring_of_14b_is_small_however_much_of_it_stays() -> None:
 
 
 def timed(plan: Residency, computes: Sequence[float]) -> list[Timed]:
-    """Of a plan in which everything streams, in the order in which it is used."""
+    """The parts of a plan, which are used in the order in which they are numbered."""
     return [
-        Timed(tuple((piece.start, piece.nbytes) for piece in place), computes[number])
-        for number, place in plan.places.items()
+        Timed(tuple((p.start, p.nbytes) for p in plan.places.get(number, ())), compute)
+        for number, compute in enumerate(computes)
     ]
 
 
@@ -274,6 +274,17 @@ def test_14b_loses_at_most_2_percent_through_its_ring_and_over_10_through_two_sl
         for number, part in enumerate(parts)
     ]
     assert seconds(slots, 2 * slot, LINK) > 1.10 * bound(slots, LINK)
+
+
+def test_14b_loses_at_most_2_percent_with_parts_that_stay_and_the_stretches_of_the_engine() -> None:
+    """Which copies a stretch of less than a MiB at once with its neighbour: pieces that differ by a
+    bias must begin where each other begin."""
+    parts, computes = parts_of_14b(), FRAMES_17 * 40
+    for tenth in range(15, 280, 12):
+        plan = choose_parts(parts, tenth * 10**8, others=OTHERS, prefetch=None)
+        row = timed(plan, computes)
+        taken = seconds(row, plan.ring_bytes, LINK, least_stretch=MIB)
+        assert taken <= 1.02 * bound(row, LINK), tenth
 
 
 @thousands
@@ -316,6 +327,13 @@ def test_a_stretch_waits_for_whom_it_overwrites_and_for_nobody_else() -> None:
     parts = [Timed(((0, TENTH),), 0.3), Timed(((TENTH, half), (0, half)), 0.1)]
     # Copies: 0.0-0.1; 0.1-0.15, then from 0.4 on, 0.4-0.45.
     assert ends(parts, 2 * TENTH, 1.0, 2) == pytest.approx([0.4, 0.55])
+
+
+def test_a_stretch_of_less_than_the_least_waits_with_its_neighbour_for_all() -> None:
+    half, little = TENTH // 2, TENTH // 100
+    parts = [Timed(((half, TENTH),), 0.3), Timed(((little, half),), 0.1)]  # on its first bytes
+    assert ends(parts, 2 * TENTH, 1.0, 2) == pytest.approx([0.4, 0.501])
+    assert ends(parts, 2 * TENTH, 1.0, 2, 2 * little) == pytest.approx([0.4, 0.55])
 
 
 def test_a_timeline_does_not_depend_on_where_a_piece_is_split() -> None:
@@ -485,6 +503,16 @@ def test_the_least_budget_is_enough_and_a_byte_less_is_refused(case: Case) -> No
         case.choose(case.least - 1)
 
 
+def test_the_least_is_what_all_take_where_a_ring_would_take_more() -> None:
+    pieces = (1_035_008, 5_234_176)
+    parts = [Part(takes(sum(pieces), False), pieces, number) for number in range(2)]
+    ring = choose_parts(parts, None, others=0, prefetch=1).device_bytes
+    assert ring > 12 * MIB
+    assert choose_parts(parts, 12 * MIB, others=0, prefetch=1).resident == {0, 1}
+    with pytest.raises(WrapError, match=f"at least {12 * MIB:,} bytes"):
+        choose_parts(parts, 12 * MIB - 1, others=0, prefetch=1)
+
+
 @hundreds
 @given(cases())
 def test_what_the_error_offers_instead_is_enough(case: Case) -> None:
@@ -509,6 +537,17 @@ def test_a_larger_budget_never_has_more_bytes_pass(case: Case, more: float) -> N
         assert large.depth >= small.depth
     if large.depth == small.depth:
         assert passing(case, large) <= passing(case, small)
+
+
+def test_a_larger_budget_never_has_more_of_14b_pass() -> None:
+    """Of blocks that are compiled, whose ring is large and jumps."""
+    parts = parts_of_14b()
+    passed = [
+        sum(parts[number].takes.stored for number in plan.places)
+        for budget in range(16_500 * MB, 19_000 * MB, 33 * MB)
+        for plan in [choose_parts(parts, budget, others=OTHERS, prefetch=None, together=True)]
+    ]
+    assert passed == sorted(passed, reverse=True)
 
 
 @hundreds

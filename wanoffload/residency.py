@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, count
 from math import inf, prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from wanoffload.errors import WrapError
 from wanoffload.policy.packed import CHUNK_BYTES, STAGING_SLOTS
-from wanoffload.ring import Place
 from wanoffload.sizes import gb
+
+if TYPE_CHECKING:  # it looks at images, which are of torch
+    from wanoffload.ring import Place
 
 ROUND_BYTES = 2 << 20
 """To a multiple of this torch's allocator rounds large allocations up."""
