@@ -12,10 +12,12 @@ import wanoffload
 from tests.poison import poisoned_homes
 from tests.small_pipelines import PIPELINES
 from tests.test_adopting import ON_CPU, experts, wrapped_pipeline
+from tests.test_load_pipeline import load_it, ordinary, saved
 from tests.test_pipeline import HERE, STREAMING, planned
 from wanoffload import Hardware, Workload, enable, offloader
+from wanoffload.pipelines.enabling import plan_of
 
-__all__ = ["planned", "poisoned_homes"]
+__all__ = ["planned", "poisoned_homes", "saved"]
 
 WITHIN = replace(STREAMING, budget_of_one=1 << 30)
 CALL = Workload(480, 832, 1)
@@ -128,3 +130,70 @@ def test_the_plan_has_what_stays_and_the_part_of_one_expert() -> None:
     assert steps == sorted(steps, reverse=True)
     assert steps[-1] < steps[0] / 3
     assert wanoffload.plan("Wan-AI/Wan2.2-T2V-A14B-Diffusers").budget_of_one is None
+
+
+# A fraction, and what activations leave.
+
+AUTOMATIC = replace(STREAMING, budget_of_one="auto", residents_stay=False)
+
+
+@pytest.mark.usefixtures("poisoned_homes")
+@pytest.mark.parametrize("granularity", ["block", "part"])
+def test_what_activations_leave_is_for_the_expert_that_runs(granularity: str, planned: Any) -> None:
+    planned(replace(AUTOMATIC, granularity=granularity))
+    pipe = KIND.make()
+    expected = KIND.run(pipe, num_inference_steps=4)
+    enable(pipe, workload=None, hardware=HERE)
+    assert all(offloader(expert).budget.auto for expert in experts(pipe))
+    seen: list[list[int]] = []
+    for expert in experts(pipe):
+        expert.register_forward_hook(lambda *_: seen.append(residents(pipe)))
+    first, second = (len(offloader(expert).bindings) for expert in experts(pipe))
+    for _ in range(2):
+        assert torch.equal(KIND.run(pipe, num_inference_steps=4), expected)
+        assert residents(pipe) == [0, 0]  # the VAE came
+    assert seen[0] == [0, 0]  # nothing is known of the first forward
+    assert [first, 0] in seen
+    assert [0, second] in seen
+    assert all(0 in counts for counts in seen)
+
+
+def test_what_was_seen_of_activations_outlasts_another_plan(planned: Any) -> None:
+    def by_height(workload: Workload | None) -> Any:
+        ahead = 2 if workload is not None and workload.height == 48 else 1
+        return replace(AUTOMATIC, dit_offload_prefetch_size=ahead)
+
+    planned(by_height)
+    kind = PIPELINES["t2v"]
+    pipe = enable(kind.make(), workload=None, hardware=HERE)
+    kind.run(pipe)
+    runtime = offloader(pipe.transformer)
+    watching = runtime._activations
+    kind.run(pipe, height=48)
+    assert runtime.prefetch == 2
+    assert runtime._activations is watching is not None
+
+
+def test_a_real_plan_hands_auto_and_fractions_on() -> None:
+    options: dict[str, Any] = {"dit_layerwise_offload": True, "device": "cpu", "hardware": HERE}
+    for mode in ("auto", "manual"):
+        pipe = KIND.make()
+        expected = KIND.run(pipe)
+        enable(pipe, mode, vram_budget="auto", **options)
+        assert all(offloader(expert).budget.auto for expert in experts(pipe))
+        assert torch.equal(KIND.run(pipe), expected)
+        wanoffload.disable(pipe)
+        enable(pipe, mode, vram_budget=0.5, **options)
+        made = plan_of(pipe)
+        assert made.vram_budget == 40 * 2**30
+        budgets = [offloader(expert).budget.nbytes for expert in experts(pipe)]
+        assert budgets == [made.budget_of_one] * 2
+        assert torch.equal(KIND.run(pipe), expected)
+    with pytest.raises(ValueError, match="device_memory"):
+        enable(KIND.make(), vram_budget=0.5, hardware=Hardware(platform="cpu"), device="cpu")
+
+
+def test_a_pipeline_is_loaded_with_an_automatic_budget(saved: Any) -> None:
+    ours = load_it(saved("a14b"), vram_budget="auto", dit_layerwise_offload=True, hardware=HERE)
+    assert all(offloader(expert).budget.auto for expert in experts(ours))
+    assert torch.equal(KIND.run(ours), KIND.run(ordinary(saved("a14b"))))

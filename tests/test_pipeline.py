@@ -66,7 +66,7 @@ class StandIn:
     vae_cpu_offload: bool = False
     use_fsdp_inference: bool = False
     pack_share: float | None = None
-    budget_of_one: int | None = None
+    budget_of_one: int | str | None = None
     residents_stay: bool = True
     granularity: str = "block"
     step_seconds: float | None = None

@@ -375,6 +375,85 @@ def test_a_budget_below_the_least_is_an_error_that_names_the_least() -> None:
         plan(WAN_14B, vram_budget="12GB", mode="speed")
 
 
+def test_a_fraction_is_one_of_the_devices_memory() -> None:
+    for fraction, nbytes in ((0.5, 40 * GB), (1.0, 80 * GB), (0.25, 20 * GB)):
+        made = plan(A14B, SMALL, card("80GB"), vram_budget=fraction)
+        assert made.vram_budget == nbytes
+        assert made.reasons["vram_budget"] == f"chosen: {fraction:g} of 80.00 GB"
+        same = plan(A14B, SMALL, card("80GB"), vram_budget=nbytes)
+        assert (taken(made), made.step_seconds) == (taken(same), same.step_seconds)
+    with pytest.raises(ValueError, match=r"vram_budget=0\.80 GB is too small"):
+        plan(A14B, SMALL, card("80GB"), vram_budget=0.01)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "missing"),
+    [(None, "no hardware was given"), (card(None), "hardware has no device_memory")],
+)
+def test_a_fraction_of_what_is_not_known_is_an_error_that_says_what_is_missing(
+    hardware: Hardware | None, missing: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"vram_budget=0\.5 is a fraction.*{missing}.*probe"):
+        plan(A14B, SMALL, hardware, vram_budget=0.5)
+
+
+def test_an_automatic_budget_is_predicted_by_what_activations_leave() -> None:
+    streamed: dict[str, Any] = {"dit_layerwise_offload": True, "pack": False}
+    blocks = []
+    for workload in (SMALL, MEDIUM, LARGE):
+        made = plan(A14B, workload, card("24GiB"), vram_budget="auto", **streamed)
+        assert (made.vram_budget, made.budget_of_one) == ("auto", "auto")
+        assert made.reasons["vram_budget"] == "chosen"
+        assert made.fits
+        assert not made.residents_stay
+        assert made.messages == ()
+        candidate = next(
+            c.candidate for c in made.considered if c.candidate.placement == taken(made)
+        )
+        blocks.append(candidate.staying_units)
+        plain = plan(A14B, workload, card("24GiB"), **streamed)
+        assert made.step_seconds is not None
+        assert plain.step_seconds is not None
+        assert made.step_seconds <= plain.step_seconds * 1.02  # what stays comes once a generation
+        assert candidate.device_need_bytes <= 24 * 1024**3
+    assert blocks[0] > blocks[1] > blocks[2] > 0
+    others = TEXT_ENCODER.bytes + VAE.bytes  # they are not in the list, and stay
+    room = 24 * 1024**3 - cost.RESERVE_BYTES - round(1.1 * 3120 * 100_000) - others
+    slots = predicted(Placement(STREAM, 1), A14B).device_weight_bytes
+    assert slots + 700_000_000 * (blocks[0] - 1) <= room < slots + 700_000_000 * (blocks[0] + 2)
+
+
+def test_an_automatic_budget_that_leaves_nothing_streams_all() -> None:
+    options: dict[str, Any] = {
+        "vram_budget": "auto",
+        "dit_layerwise_offload": True,
+        "mode": "manual",
+    }
+    only_dit = replace(WAN_14B, vae=None, text_encoder=None)
+    need = cost.predict(
+        only_dit, Placement(STREAM, 2), Around(), LARGE, card(None)
+    ).device_need_bytes
+    made = plan(only_dit, LARGE, card(f"{need}B"), **options)
+    assert made.fits
+    assert made.considered[0].candidate.staying_units == 0
+    assert not plan(only_dit, LARGE, card(f"{need - 1}B"), **options).fits
+
+
+def test_an_automatic_budget_is_not_predicted_where_something_is_not_known() -> None:
+    streamed: dict[str, Any] = {"dit_layerwise_offload": True, "vram_budget": "auto"}
+    for workload, hardware, missing in (
+        (None, card("24GiB"), "without workload"),
+        (SMALL, None, "without device_memory of hardware"),
+        (None, None, "without workload and device_memory of hardware"),
+    ):
+        made = plan(A14B, workload, hardware, **streamed)
+        assert made.vram_budget == made.budget_of_one == "auto"
+        assert made.messages[-1].startswith("vram_budget='auto': what stays")
+        assert made.messages[-1].endswith(missing)
+        assert made.considered[0].candidate.staying_units == 0
+    assert plan(A14B, None, None, vram_budget="auto", mode="speed").messages == ()
+
+
 def test_too_little_host_memory_is_said_with_both_numbers() -> None:
     made, found = decided(A14B, LARGE, card("24GiB", host="32GB"))
     assert not made.fits

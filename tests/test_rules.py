@@ -932,11 +932,15 @@ def test_an_unknown_component_is_an_error_that_lists_the_components(
         assert known in str(failure.value)
 
 
-@pytest.mark.parametrize("size", [-1, "-1GiB", 1.5, "", "lots", "6 parsecs", True, False, [6]])
+@pytest.mark.parametrize(
+    "size", [-1, "-1GiB", 1.5, 0.0, -0.5, "", "lots", "Auto", "6 parsecs", True, False, [6]]
+)
 def test_a_budget_that_is_no_size_is_an_error(size: Any) -> None:
     with pytest.raises(ValueError, match="vram_budget") as failure:
         plan(T2V_A14B, vram_budget=size)
     assert repr(size) in str(failure.value)
+    assert "a fraction" in str(failure.value)
+    assert "'auto'" in str(failure.value)
 
 
 @pytest.mark.parametrize("value", ["true", "yes", "", 0, 1, 0.5, [], "Auto"])

@@ -150,9 +150,10 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--vram-budget",
-        type=_bytes,
+        type=_budget,
         metavar="SIZE",
-        help="what the DiT's weights may take on the device: 6GiB",
+        help="what the DiT's weights may take on the device: 6GiB; or a fraction of what is to be "
+        "had there: 0.5; or auto: what activations leave",
     )
     group.add_argument(
         "--granularity",
@@ -213,6 +214,14 @@ def _bytes(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _budget(text: str) -> int | float | str:
+    if text.strip() == "auto":
+        return "auto"
+    if re.fullmatch(r"0?\.\d+|1\.0*", text.strip()):
+        return float(text)
+    return _bytes(text)
 
 
 def _pixels(text: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from wanoffload import hooks, wrapping
 from wanoffload.apart import BLOCK
+from wanoffload.budget import AUTO as AUTO_BUDGET
 from wanoffload.facts.tally import image_bytes
 from wanoffload.host_tensor import HostTensor, ordinary_tensors
 from wanoffload.host_tiers import AUTO, DISK, HostChoice
@@ -43,9 +44,9 @@ OTHER = "other"
 class Treatment:
     """How a component is run. `prefetch`: of a streamed one, in blocks, or parts; None: as many as
     `wrap` takes. `pack`: of a streamed DiT, the share of its blocks that is packed; None: nothing
-    was said of it. `budget`: of a streamed DiT, what its weights may take on the device; None: no
-    block stays there. `residents_stay`: what stays there does so while other components run.
-    `granularity`: of a streamed DiT, what is fetched at once, as of `wrap`.
+    was said of it. `budget`: of a streamed DiT, what its weights may take on the device, or
+    "auto"; None: no block stays there. `residents_stay`: what stays there does so while other
+    components run. `granularity`: of a streamed DiT, what is fetched at once, as of `wrap`.
 
     Parked: the component goes to the device as a whole for its use. Streamed: a DiT's blocks pass
     through slots and the rest stays on the device; of an encoder, the rest goes to the device and
@@ -55,7 +56,7 @@ class Treatment:
     kind: str
     prefetch: int | None = 0
     pack: float | None = None
-    budget: int | None = None
+    budget: int | str | None = None
     residents_stay: bool = True
     granularity: str = BLOCK
 
@@ -82,7 +83,7 @@ class Acted(Protocol):
     @property
     def pack_share(self) -> float | None: ...
     @property
-    def budget_of_one(self) -> int | None: ...
+    def budget_of_one(self) -> int | str | None: ...
     @property
     def residents_stay(self) -> bool: ...
     @property
@@ -279,7 +280,8 @@ class Component:
     def _keep_streaming(self, runtime: Offloader, wanted: Treatment) -> None:
         runtime.set_prefetch(wanted.prefetch)  # which also pauses it, until it is the tenant
         if role(self.name) == DIT:
-            if wanted.budget is not None:
+            kept = wanted.budget == AUTO_BUDGET and runtime.budget.auto  # with what it has seen
+            if wanted.budget is not None and not kept:
                 runtime.set_budget(wanted.budget)
             self._come_with_forwards(runtime, wanted)
 

@@ -35,7 +35,8 @@ class Choices:
     `dit_offload_prefetch_size` is as given: a count, or a ratio below 1 (see `blocks_ahead`).
     `layerwise_offload_components` is in the order of COMPONENTS. `pack` may be AUTO: to be decided,
     in modes too that by themselves pack nothing. `granularity`: BLOCK, PART or AUTO, which is as if
-    it were not chosen.
+    it were not chosen. `vram_budget`: bytes, a fraction of the device memory that is to be had, or
+    AUTO: what activations leave.
     """
 
     dit_layerwise_offload: bool | None = None
@@ -46,7 +47,7 @@ class Choices:
     image_encoder_cpu_offload: bool | None = None
     vae_cpu_offload: bool | None = None
     use_fsdp_inference: bool | None = None
-    vram_budget: int | None = None
+    vram_budget: int | float | str | None = None
     pack: bool | str | None = None
     granularity: str | None = None
 
@@ -63,6 +64,11 @@ class Choices:
         choices = cls(**{name: _checked(name, value) for name, value in made.items()})
         choices._check_together()
         return choices
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget, where it was chosen as bytes."""
+        return self.vram_budget if isinstance(self.vram_budget, int) else None
 
     def coarse(self, component: str) -> bool | None:
         """The choice of `<component>_cpu_offload`."""
@@ -106,7 +112,7 @@ def _checked(name: str, value: Any) -> Any:
     if name == "layerwise_offload_components":
         return _components(value)
     if name == "vram_budget":
-        return parse_bytes(value, name)
+        return _budget(value)
     if name == "granularity":
         if value not in GRANULARITIES:
             raise ValueError(f"granularity is 'block', 'part', 'auto' or None, not {value!r}")
@@ -116,6 +122,19 @@ def _checked(name: str, value: Any) -> Any:
             raise ValueError(f"pack is True, False, 'auto' or None, not {value!r}")
         return value
     return _prefetch(value)
+
+
+def _budget(value: Any) -> int | float | str:
+    if value == AUTO:
+        return AUTO
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    try:
+        return parse_bytes(value, "vram_budget")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; or a fraction of the device memory above 0 and up to 1.0, or 'auto'"
+        ) from None
 
 
 def _components(value: Any) -> tuple[str, ...]:

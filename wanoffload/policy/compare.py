@@ -45,7 +45,7 @@ class Problem:
     @property
     def limited(self) -> bool:
         """Whether there is a limit that weights alone may exceed."""
-        return self.limits.device_memory is not None or self.choices.vram_budget is not None
+        return self.limits.device_memory is not None or self.choices.budget_bytes is not None
 
     @property
     def left_alone(self) -> bool:
@@ -103,7 +103,7 @@ def _in_the_other_granularity(problem: Problem, found: list[Considered]) -> list
 
 def _helps(problem: Problem, candidate: Candidate, nearest: Candidate) -> bool:
     """Whether it takes less of that of which the nearest takes too much."""
-    budget, device = problem.choices.vram_budget, problem.limits.device_memory
+    budget, device = problem.choices.budget_bytes, problem.limits.device_memory
     if budget is not None and nearest.device_weight_bytes > budget:
         return candidate.device_weight_bytes < nearest.device_weight_bytes
     short = device is not None and nearest.device_need_bytes > int(device)
@@ -117,14 +117,24 @@ def _judged(problem: Problem, placements: Iterable[Placement]) -> list[Considere
     found = []
     for placement in placements:
         around = around_of(problem.decision, placement)
-        budget = problem.choices.vram_budget
-        candidate = cost.predict(facts, placement, around, problem.workload, machine, budget)
+        candidate = _predict(problem, facts, placement, around, machine)
         if problem.from_disk and placement.kind == STREAM:
             candidate = cost.from_disk(candidate, facts)
         if not timed:  # a CPU is no H200
             candidate = replace(candidate, step_seconds=None)
         found.append(Considered(candidate, obstacle(problem, candidate)))
     return found
+
+
+def _predict(
+    problem: Problem, facts: ModelFacts, placement: Placement, around: Around, machine: Hardware
+) -> Candidate:
+    """With the budget; an automatic one is what the activations of this workload leave."""
+    budget, workload = problem.choices.budget_bytes, problem.workload
+    if problem.choices.vram_budget != AUTO:
+        return cost.predict(facts, placement, around, workload, machine, budget)
+    left = cost.left_by_activations(facts, placement, around, workload, machine)
+    return cost.predict(facts, placement, around, workload, machine, left, outlasts=False)
 
 
 def permitted(problem: Problem) -> list[Placement]:
@@ -226,7 +236,7 @@ def around_of(decision: Decision, placement: Placement) -> Around:
 
 def obstacle(problem: Problem, candidate: Candidate) -> str | None:
     """Why a candidate can't be taken: budget, device memory, host memory; None if it can."""
-    budget = problem.choices.vram_budget
+    budget = problem.choices.budget_bytes
     if budget is not None and candidate.device_weight_bytes > budget:
         taken = gb(candidate.device_weight_bytes)
         return f"weights take {taken} of the device, vram_budget is {gb(budget)}"

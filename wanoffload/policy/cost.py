@@ -181,11 +181,13 @@ def predict(
     workload: Workload | None,
     machine: Hardware,
     budget: int | None = None,
+    *,
+    outlasts: bool = True,
 ) -> Candidate:
     """What a generation takes with this placement, on a machine whose rates are all known.
 
     `budget`: what the DiTs' weights may take on the device, if that was chosen: blocks of a
-    streamed one that fit stay there.
+    streamed one that fit stay there. `outlasts`: also while others run, if there is room.
     """
     facts = facts.streamed_in(placement.granularity)
     stay = _what_stays(facts, placement, budget)
@@ -197,7 +199,7 @@ def predict(
     kept = max(within.kept_bytes(facts, stay), default=0)
     room = machine.device_memory
     between = max((stage.need_bytes for stage in others), default=0) + kept + RESERVE_BYTES
-    stays = room is None or between <= int(room)
+    stays = outlasts and (room is None or between <= int(room))
     if stays:
         others = [replace(stage, weights=stage.weights + kept) for stage in others]
     stages = [Stage(weights + _standing(facts, around), activations), *others]
@@ -215,6 +217,25 @@ def predict(
         kept_packed_units=max((len(residency.kept_packed) for residency in stay), default=0),
         residents_stay=stays,
     )
+
+
+def left_by_activations(
+    facts: ModelFacts,
+    placement: Placement,
+    around: Around,
+    workload: Workload | None,
+    machine: Hardware,
+) -> int | None:
+    """The budget of a streamed DiT that takes whatever its activations, and what always stands on
+    the device, leave. None: that is not known, or is too little for any block to stay."""
+    if placement.kind != STREAM or workload is None or machine.device_memory is None:
+        return None
+    there = facts.streamed_in(placement.granularity)
+    tokens = facts.tokens(workload)
+    activations = workload.videos * max((_activations(d, tokens) for d in facts.dits), default=0)
+    taken = Stage(_standing(facts, around), activations).need_bytes + RESERVE_BYTES
+    left = int(machine.device_memory) - taken
+    return left if len(_what_stays(there, placement, left)) == len(facts.dits) else None
 
 
 def _activations(dit: DitFacts, tokens: int) -> int:

@@ -155,7 +155,7 @@ def _value(plan: Plan, name: str) -> str:
     value = getattr(plan, name)
     if isinstance(value, list):
         return "[" + ", ".join(value) + "]"
-    return gb(value) if name == "vram_budget" and value is not None else str(value)
+    return gb(value) if name == "vram_budget" and isinstance(value, int) else str(value)
 
 
 def _table(rows: list[tuple[str, str]]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from wanoffload.facts.look import look
 from wanoffload.facts.model import ModelFacts
 from wanoffload.machine.hardware import Hardware
 from wanoffload.policy import compare, cost, forms, remedies, rules, within
-from wanoffload.policy.choices import Choices, check_mode
+from wanoffload.policy.choices import AUTO, Choices, check_mode
 from wanoffload.policy.compare import EQUAL, Considered, Problem, seconds
 from wanoffload.policy.cost import STREAM, WHOLE, Candidate
 from wanoffload.sizes import gb
@@ -57,7 +57,7 @@ class Plan:
     image_encoder_cpu_offload: bool
     vae_cpu_offload: bool
     use_fsdp_inference: bool
-    vram_budget: int | None
+    vram_budget: int | str | None
     pack: bool
     pack_share: float | None
     granularity: str
@@ -74,10 +74,12 @@ class Plan:
     forms: tuple[Considered, ...] = field(default=(), repr=False)
 
     @property
-    def budget_of_one(self) -> int | None:
+    def budget_of_one(self) -> int | str | None:
         """What one streamed DiT may take of `vram_budget`; None: it was not chosen."""
         if self.vram_budget is None or not self.dit_layerwise_offload:
             return None
+        if isinstance(self.vram_budget, str):
+            return AUTO
         return within.share_of_one(self.facts.streamed_in(self.granularity), self.vram_budget)
 
     def explain(self) -> str:
@@ -113,8 +115,9 @@ def plan(
             "memory", least device memory; "speed", everything resident; "manual", what was chosen.
         choices: `dit_layerwise_offload`, `dit_cpu_offload`, `layerwise_offload_components`,
             `dit_offload_prefetch_size`, `text_encoder_cpu_offload`, `image_encoder_cpu_offload`,
-            `vae_cpu_offload`, `use_fsdp_inference`, `vram_budget` (bytes or text: what the DiT's
-            weights may take on the device), `pack` (True, False, or "auto": packed where the link
+            `vae_cpu_offload`, `use_fsdp_inference`, `vram_budget` (what the DiT's weights may take
+            on the device: bytes, text, a fraction of the device memory that `hardware` has, or
+            "auto": what activations leave), `pack` (True, False, or "auto": packed where the link
             binds or host memory is short; modes "auto" and "memory" do so by themselves),
             `granularity` ("block", "part": parts of blocks through a ring, which takes less of the
             device; "auto", as without it: parts where no plan with blocks fits, and in mode
@@ -125,11 +128,12 @@ def plan(
 
     Raises:
         ValueError: unknown or contradicting choices, an unknown model, a `vram_budget` that no
-            permitted plan can keep; says what is allowed.
+            permitted plan can keep, or a fraction of what is not known; says what is allowed.
     """
     mode = check_mode(mode)
-    made = Choices.of(choices)
+    chosen = Choices.of(choices)
     _check_types(workload, hardware)
+    made = _in_bytes(chosen, hardware)
     facts = look(model)
     platform = hardware.platform if hardware is not None else "cuda"
     decision = rules.decide(facts, mode, made, platform)
@@ -145,6 +149,7 @@ def plan(
     _say_assumed(problem, considered[0].candidate)
     if taken is not None and taken.placement != problem.base:
         _say_overruled(problem, considered, taken)
+    _say_budget(problem, chosen, taken or considered[0].candidate)
     _say_granularity(problem, considered, taken or considered[0].candidate)
     forms.say(problem, considered, taken or considered[0].candidate)
     if taken is None:
@@ -158,6 +163,40 @@ def _check_types(workload: object, hardware: object) -> None:
         raise ValueError(f"workload is a Workload(height, width, frames, ...), not {workload!r}")
     if hardware is not None and not isinstance(hardware, Hardware):
         raise ValueError(f"hardware is a Hardware, by hand or Hardware.probe(), not {hardware!r}")
+
+
+def _in_bytes(choices: Choices, hardware: Hardware | None) -> Choices:
+    """With the budget's bytes where it is a fraction. Raises ValueError if it is not known of
+    what."""
+    fraction = choices.vram_budget
+    if not isinstance(fraction, float):
+        return choices
+    if hardware is None or hardware.device_memory is None:
+        missing = "no hardware was given" if hardware is None else "hardware has no device_memory"
+        raise ValueError(
+            f"vram_budget={fraction} is a fraction of the device memory that is to be had, and "
+            f"{missing}: give hardware=Hardware.probe(), on a machine with CUDA, or one with "
+            "device_memory; or give the budget in bytes"
+        )
+    return replace(choices, vram_budget=int(fraction * int(hardware.device_memory)))
+
+
+def _say_budget(problem: Problem, chosen: Choices, taken: Candidate) -> None:
+    """Where the budget comes from; and where an automatic one is not predicted."""
+    decision, given = problem.decision, chosen.vram_budget
+    decision.reasons["vram_budget"] = rules.CHOSEN if given is not None else "not chosen"
+    if isinstance(given, float):
+        there = gb(int(problem.limits.device_memory or 0))
+        decision.reasons["vram_budget"] = f"chosen: {given:g} of {there}"
+    if given == AUTO and taken.placement.kind == STREAM and not problem.known:
+        missing = [
+            *(["workload"] if problem.workload is None else []),
+            *(["device_memory of hardware"] if problem.limits.device_memory is None else []),
+        ]
+        decision.messages.append(
+            "vram_budget='auto': what stays on the device is found out while it runs, and is not "
+            f"predicted without {' and '.join(missing)}"
+        )
 
 
 def _say_assumed(problem: Problem, candidate: Candidate) -> None:
@@ -265,7 +304,7 @@ def _times(base: Candidate, taken: Candidate) -> str:
 def _nothing_fits(problem: Problem, considered: list[Considered]) -> str:
     told = [c for c in considered if c.candidate.placement.packed in (0, 1)]
     found = "; ".join(f"{c.candidate.placement}: {c.obstacle}" for c in told)
-    budget = problem.choices.vram_budget
+    budget = problem.choices.budget_bytes
     least = min(c.candidate.device_weight_bytes for c in considered)
     if budget is not None and least > budget:
         raise ValueError(
@@ -280,8 +319,7 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
     timed = taken.step_seconds is not None and problem.hardware is not None
     sized = any((facts.dits, facts.text_encoder, facts.image_encoder, facts.vae))
     whole = sized and not problem.left_alone
-    made = problem.choices.made("vram_budget")
-    decision.reasons["vram_budget"] = rules.CHOSEN if made else "not chosen"
+    automatic = problem.choices.vram_budget == AUTO
     streamed = placement.kind == STREAM
     told = streamed and (isinstance(problem.choices.pack, bool) or bool(facts.packed))
     return Plan(
@@ -297,7 +335,7 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
         image_encoder_cpu_offload=decision.coarse["image_encoder"],
         vae_cpu_offload=decision.coarse["vae"],
         use_fsdp_inference=decision.fsdp,
-        vram_budget=problem.choices.vram_budget,
+        vram_budget=AUTO if automatic else problem.choices.budget_bytes,
         pack=placement.packed > 0,
         pack_share=placement.packed if placement.packed or told else None,
         granularity=placement.granularity,
@@ -308,7 +346,7 @@ def _write(problem: Problem, taken: Candidate, considered: list[Considered]) -> 
         fits=any(c.obstacle is None for c in considered),
         reasons=MappingProxyType(decision.reasons),
         messages=tuple(decision.messages),
-        residents_stay=taken.residents_stay,
+        residents_stay=taken.residents_stay and not automatic,
         considered=tuple(considered),
         forms=tuple(forms.of_the_same(problem, placement)) if whole else (),
     )
