@@ -36,6 +36,18 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_rates_are_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests measure of the machine, beside each other, is not kept for others to believe."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same random numbers in every run; a test that wants others seeds again."""
