@@ -134,7 +134,7 @@ def test_the_plan_has_what_stays_and_the_part_of_one_expert() -> None:
 
 # A fraction, and what activations leave.
 
-AUTOMATIC = replace(STREAMING, budget_of_one="auto", residents_stay=False)
+AUTOMATIC = replace(STREAMING, budget_of_one="auto")
 
 
 @pytest.mark.usefixtures("poisoned_homes")

@@ -423,6 +423,20 @@ def test_an_automatic_budget_is_predicted_by_what_activations_leave() -> None:
     assert slots + 700_000_000 * (blocks[0] - 1) <= room < slots + 700_000_000 * (blocks[0] + 2)
 
 
+def test_what_an_automatic_budget_keeps_comes_anew_with_each_generation() -> None:
+    options: dict[str, Any] = {"dit_layerwise_offload": True, "pack": False, "mode": "manual"}
+    only_dit = replace(WAN_14B, text_encoder=None, vae=None)
+    auto = plan(only_dit, SMALL, card("24GiB"), vram_budget="auto", **options)
+    (candidate,) = (each.candidate for each in auto.considered)
+    assert not candidate.residents_stay
+    weights = candidate.device_weight_bytes
+    given = plan(only_dit, SMALL, card("24GiB"), vram_budget=weights, **options)
+    assert auto.step_seconds is not None
+    assert given.step_seconds is not None
+    moved = candidate.staying_units * 700_000_000
+    assert auto.step_seconds - given.step_seconds == pytest.approx(moved / 50e9 / 40, rel=0.02)
+
+
 def test_an_automatic_budget_that_leaves_nothing_streams_all() -> None:
     options: dict[str, Any] = {
         "vram_budget": "auto",

@@ -21,7 +21,7 @@ from wanoffload.policy import cost, within
 from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Around, Placement
 from wanoffload.policy.explain import taken
 from wanoffload.policy.planning import Plan, plan
-from wanoffload.residency import UnitBytes
+from wanoffload.residency import ALIGN_BYTES, UnitBytes, allocated
 from wanoffload.ring_plan import choose_parts, parts_of
 from wanoffload.units import find_units
 from wanoffload.workload import Workload
@@ -117,6 +117,16 @@ def test_two_experts_have_the_rest_of_both_on_the_device() -> None:
     assert two.device_weight_bytes == one.device_weight_bytes + others
     made = plan(A14B, MEDIUM, card("24GiB"), vram_budget="6GB", granularity="part")
     assert made.budget_of_one == 6 * GB - others
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_while_others_run_parts_that_stay_are_there_and_the_ring_is_not(share: float) -> None:
+    facts = A14B.streamed_in("part")
+    stay = [within.residency(dit, share, None, 12 * GB, "part") for dit in facts.dits]
+    (found, _) = (each for each in stay if each is not None)
+    homes = (DIT.parts[number].nbytes + ALIGN_BYTES for number in found.resident)
+    kept = sum(map(allocated, homes))
+    assert within.kept_bytes(facts, [found, found]) == [kept, kept]
 
 
 def test_packed_parts_take_staging_and_less_of_link_and_host() -> None:
