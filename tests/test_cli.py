@@ -324,6 +324,35 @@ def test_pack_writes_what_load_reads_and_check_finds_it_sound(
     assert printed.endswith(", of diffusion_pytorch_model.safetensors\n")
 
 
+@pytest.mark.parametrize("options", [[], ["--plain"]])
+def test_pack_writes_parts_of_blocks_for_models_that_stream_them(
+    checkpoint: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    asked = ["pack", str(checkpoint), str(out), "--granularity", "part", *options]
+    assert cli.main(asked) == 0
+    assert "9 parts of blocks of WanTransformer3DModel" in capsys.readouterr().out
+    assert cli.main(["check", str(out)]) == 0
+    assert "9 parts of blocks of WanTransformer3DModel" in capsys.readouterr().out
+    before = out.stat().st_mtime_ns
+
+    def load(granularity: str) -> torch.nn.Module:
+        return wanoffload.load(
+            WanTransformer3DModel,
+            checkpoint,
+            torch_dtype=torch.bfloat16,
+            device="cpu",
+            host="disk",
+            cache=out,
+            granularity=granularity,
+        )
+
+    assert wanoffload.offloader(load("part")).stats().units == 9
+    assert out.stat().st_mtime_ns == before  # it was read
+    with pytest.raises(wanoffload.CacheFileError, match="granularity='part' fits it"):
+        load("block")
+
+
 @pytest.mark.parametrize("dtype", arguments.DTYPES)
 def test_pack_has_the_choices_of_load(tmp_path: Path, dtype: str) -> None:
     model = MODELS["wan22_5b"].make()

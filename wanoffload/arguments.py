@@ -7,6 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
+from wanoffload.apart import BLOCK, PART
 from wanoffload.machine.hardware import PLATFORMS, Hardware
 from wanoffload.policy.choices import GRANULARITIES, MODES
 from wanoffload.sizes import parse_bytes
@@ -88,6 +89,12 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plain", action="store_true", help="plain images, of 1.4 times the size, for any dtype"
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=(BLOCK, PART),
+        default=BLOCK,
+        help="what it is streamed in: blocks, or parts of them; default: %(default)s",
     )
     parser.add_argument(
         "--report",

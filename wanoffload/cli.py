@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from wanoffload.apart import PART
 from wanoffload.arguments import choices_of, hardware_of, make_parser, workload_of
 from wanoffload.errors import OffloadError
 from wanoffload.machine.hardware import Hardware
@@ -92,6 +93,7 @@ def _write_cache(arguments: argparse.Namespace) -> str:
         arguments.out,
         arguments.subfolder,
         plain=arguments.plain,
+        granularity=arguments.granularity,
         **_checkpoint_options(arguments),
     )
     return f"{arguments.out}: {_contents(header)} {_rate(header, begin)}"
@@ -118,7 +120,8 @@ def run_check(arguments: argparse.Namespace) -> str:
 
 
 def _contents(header: CacheHeader) -> str:
-    blocks = f"{len(header.units)} blocks of {header.identity.model}"
+    called = "parts of blocks" if header.granularity == PART else "blocks"
+    blocks = f"{len(header.units)} {called} of {header.identity.model}"
     packed = sum(unit.packed for unit in header.units)
     how = "plain"
     if packed:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from wanoffload.apart import BLOCK as WHOLE_BLOCK
+from wanoffload.apart import PART
 from wanoffload.image import ImageLayout, TensorSpec
 from wanoffload.loading.cache_identity import Identity, Source
 from wanoffload.packing import most_bytes
@@ -51,6 +53,12 @@ class CacheHeader:
     units: tuple[CachedUnit, ...]
     nbytes: int
     file_bytes: int
+
+    @property
+    def granularity(self) -> str | None:
+        """What the images are of: blocks, or some of them parts of blocks; None: there is none."""
+        in_parts = any(unit.name.count(".") > 1 for unit in self.units)  # "blocks.0.attn1"
+        return (PART if in_parts else WHOLE_BLOCK) if self.units else None
 
     @staticmethod
     def plan(

@@ -11,7 +11,6 @@ from typing import NoReturn
 from torch import nn
 
 from wanoffload._C import HostImage, Image, fingerprint
-from wanoffload.apart import BLOCK, PART
 from wanoffload.binding import Binding
 from wanoffload.errors import CacheFileError
 from wanoffload.host_tiers import HostPlan
@@ -30,11 +29,9 @@ def granularity_in(path: Path) -> str | None:
     """What the images of a cache file are of: blocks, or some of them parts of blocks. None: there
     is no file, or none that can be used, of which who uses it is told."""
     try:
-        units = CacheFile.open(path).units if path.exists() else {}
+        return CacheFile.open(path).header.granularity if path.exists() else None
     except CacheFileError:
         return None
-    in_parts = any(name.count(".") > 1 for name in units)  # "blocks.0.attn1", of "blocks.0"
-    return (PART if in_parts else BLOCK) if units else None
 
 
 class CachedWeights:

@@ -23,7 +23,7 @@ from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
 from wanoffload.loading.stored_weights import StoredWeights
 from wanoffload.packing import packs
-from wanoffload.units import Unit, find_units
+from wanoffload.units import BLOCK, Unit, find_units
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ def streamed_of(
     torch_dtype: torch.dtype | None,
     variant: str | None,
     revision: str | None,
+    granularity: str = BLOCK,
 ) -> Iterator[Streamed]:
     """Of the model the class is that of its config. Raises what `load` raises."""
     checkpoint = Checkpoint.open(path_or_id, subfolder, variant=variant, revision=revision)
     described = describe(_class_of(checkpoint), checkpoint, torch_dtype)
-    units = find_units(described.module)
+    units = find_units(described.module, granularity)
     layouts = [lay_out((g[0].name, g[0].tensor) for g in unit.groups) for unit in units]
     weights = StoredWeights(described, torch.device("cpu"))
     weights.open_files()
@@ -71,9 +72,10 @@ def pack(
     variant: str | None = None,
     revision: str | None = None,
     plain: bool = False,
+    granularity: str = BLOCK,
 ) -> CacheHeader:
     """Writes the cache file that `load(..., cache=out, pack=not plain)` with the same arguments
-    writes, which `load(..., cache=out)` reads.
+    writes, which `load(..., cache=out, granularity=granularity)` reads.
 
     Takes host memory for one block, and for its packed image. Raises CacheFileError if `out` is
     there already or can't be written, WrapError if nothing can be packed, and what `load` raises.
@@ -81,7 +83,7 @@ def pack(
     out = Path(out)
     if out.exists():
         raise CacheFileError(f"{out} is there already; a cache file is never written over")
-    with streamed_of(path_or_id, subfolder, torch_dtype, variant, revision) as of:
+    with streamed_of(path_or_id, subfolder, torch_dtype, variant, revision, granularity) as of:
         packed = [n for n, layout in enumerate(of.layouts) if packs(layout) and not plain]
         if not packed and not plain:
             raise WrapError(
