@@ -82,6 +82,7 @@ class BlockTimes:
         stamps = {} if self.timing else self._stamps.get(key, {})
         if key not in self._seconds and stamps and all(_over(last) for _, last in stamps.values()):
             self._seconds[key] = {unit: _between(*row) for unit, row in stamps.items()}
+            self._stamps[key] = {}  # their events are not needed any more
         return self._seconds.get(key, {})
 
     def _now(self) -> Stamp:

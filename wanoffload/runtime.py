@@ -33,6 +33,7 @@ from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, Wr
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.learned_rates import BlockTimes, LearnedRates
+from wanoffload.policy.packed import STAGING_SLOTS
 from wanoffload.recently_read import RecentlyRead
 from wanoffload.residency import Rates, Residency, UnitBytes, allocated, choose, forward_seconds
 from wanoffload.ring_plan import choose_parts, parts_of
@@ -48,9 +49,6 @@ WORTH_MOVING = 1.02
 """A plan is given up for another if forwards take this much longer under it."""
 FIRST_FILL_DEPTH = 2
 """Blocks on their way home ahead of the one that computes, where all stay on the device."""
-STAGING_SLOTS = 3
-"""Packed chunks on the device at once: one is copied, one unpacked, one evens that out. A chunk is
-48 MiB at most (docs/packing.md): the larger, the fewer gaps between copies."""
 
 
 @dataclass(frozen=True)
@@ -587,8 +585,9 @@ class Offloader(hooks.Attached):
 
     def _measure_rates(self) -> None:
         """Over slots that no engine uses yet."""
-        found = (binding.stored for binding in self.bindings if binding.tier == PINNED)
-        image = next((image for image in found if isinstance(image, HostImage)), None)
+        locked = [binding.stored for binding in self.bindings if binding.tier == PINNED]
+        images = [image for image in locked if isinstance(image, HostImage)]
+        image = max(images, key=lambda image: image.nbytes, default=None)
         if image is not None and self.slots.nbytes:
             with ordinary_tensors():
                 self._learned.measure(image, self.slots.memory)

@@ -23,8 +23,9 @@ DECODE_EXPOSED = 1.0
 """Part of the decoding that the compute stream is slowed by. All of it: both want the device's
 memory. Of 36 ms a step (14B on an H100) 32 show at 480x832x17 and 38 at 81 frames."""
 STAGING_SLOTS = 3
+"""Packed chunks on the device at once: one is copied, one unpacked, one evens that out."""
 CHUNK_BYTES = 48 << 20
-"""Of packed bytes that one staging slot holds, at most."""
+"""Of packed bytes that one staging slot holds, at most: the larger, the fewer gaps between copies."""
 SETUP_FACTOR = 1.5
 """Times as long to set up as a plain block: it goes to the device and back."""
 MARGIN = 0.03
