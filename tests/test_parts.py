@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -16,11 +15,37 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import wanoffload
+from tests.parted import (
+    KIND,
+    MIB,
+    PARTS,
+    STORED,
+    TARGETS,
+    WRITES,
+    Large,
+    Rows,
+    Shuffled,
+    Stop,
+    X,
+    add_adapter,
+    budget_for,
+    calls_of,
+    check,
+    check_memory,
+    first_layer,
+    large_rows,
+    of_rows,
+    resident,
+    ring_budget,
+    stop,
+    stored,
+    together,
+    wrap,
+    wrapped,
+)
 from tests.peers import Peer
 from tests.small_models import MODELS, forward
 from tests.small_pipelines import PIPELINES
@@ -33,7 +58,6 @@ from wanoffload import (
     CacheFileError,
     ClosedError,
     ConcurrentForwardError,
-    Offloader,
     ShareError,
     UnboundWeightError,
     VerifyError,
@@ -47,91 +71,11 @@ from wanoffload.pipelines.adopting import find_wrapped, why_not
 from wanoffload.residency import allocated
 from wanoffload.units import CALLED
 
-PARTS = {
-    "wan21_t2v": 15,
-    "wan21_i2v": 12,
-    "wan22_i2v": 21,
-    "wan22_5b": 9,
-    "vace": 21,
-    "animate": 20,
-    "qwen_image": 15,
-}
-STORED: dict[str, dict[str, Any]] = {
-    "pinned": {"host": "pinned"},
-    "pageable": {"host": "pageable"},
-    "disk": {"host": "disk"},
-    "pinned packed": {"host": "pinned", "pack": True},
-    "pageable packed": {"host": "pageable", "pack": True},
-    "disk packed": {"host": "disk", "pack": True},
-}
-MIB = 1 << 20
-KIND = MODELS["wan22_5b"]
-X = torch.linspace(-1, 1, 128).view(2, 64)
-
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled() -> Iterator[None]:
     yield
     torch.compiler.reset()
-
-
-def wrap(model: Any, device: str, **options: Any) -> Any:
-    wanoffload.wrap(model, device=device, **{"granularity": "part", **options})
-    wanoffload.offloader(model).poison_slots()
-    return model
-
-
-def wrapped(name: str = "wan22_5b", device: str = "cpu", **options: Any) -> Any:
-    return wrap(MODELS[name].make(), device, **options)
-
-
-def stored(name: str, device: str, how: str, folder: Path, **options: Any) -> Any:
-    """Wrapped, with its weights as STORED says. On disk they stand in a cache file."""
-    options = {**STORED[how], **options}
-    if options["host"] == "disk":
-        options["cache"] = folder / "cache"
-    model = wrapped(name, device, **options)
-    assert set(wanoffload.offloader(model).tiers) == {options["host"]}
-    return model
-
-
-def resident(name: str, device: str) -> Tensor:
-    """The output of the model that was never wrapped."""
-    return forward(MODELS[name].make().to(device), MODELS[name].inputs(device))
-
-
-def check(model: Any, name: str = "wan22_5b", forwards: int = 3) -> None:
-    """Every forward gives what the resident model gives, from bytes that the plan says."""
-    offloader = wanoffload.offloader(model)
-    device = offloader.device.type
-    inputs, expected = MODELS[name].inputs(device), resident(name, device)
-    for number in range(forwards):
-        before = offloader.stats()
-        assert torch.equal(forward(model, inputs), expected), number
-        after = offloader.stats()
-        assert after.acquires - before.acquires == after.units == PARTS[name]
-        if number > 1:
-            fetched = after.bytes_fetched - before.bytes_fetched
-            assert fetched == offloader.residency.streamed_bytes
-    check_memory(offloader)
-
-
-def check_memory(offloader: Offloader) -> None:
-    """What the device holds is what the plan says, and no more than it may."""
-    plan, stats = offloader.residency, offloader.stats()
-    assert stats.slots == 0
-    if offloader.paused:  # it has learned another order
-        return
-    assert stats.slot_bytes == (256 + plan.ring_bytes if plan.ring_bytes else 0)
-    assert offloader.device_bytes == plan.device_bytes
-    if offloader.budget.nbytes is not None:
-        assert plan.device_bytes <= offloader.budget.nbytes
-
-
-def budget_for(name: str, staying: int, **options: Any) -> int:
-    """Enough for the ring, and for so many parts more. Each takes 2 MiB as the allocator counts."""
-    offloader = wanoffload.offloader(wrapped(name, **options))
-    return offloader.device_bytes + staying * 2 * MIB
 
 
 # --- outputs --------------------------------------------------------------------------------------
@@ -226,36 +170,6 @@ def test_outside_of_forwards_the_weights_are_true(name: str, how: str, tmp_path:
         forward(model, MODELS[name].inputs())
 
 
-def layer(model: Any) -> nn.Linear:
-    return model.blocks[1].ffn.net[2]  # type: ignore[no-any-return]
-
-
-def first_layer(model: Any) -> nn.Linear:
-    """Of the part that is fetched between forwards."""
-    return model.blocks[0].attn1.to_q  # type: ignore[no-any-return]
-
-
-def _replace(model: Any) -> None:
-    for each in (layer(model), first_layer(model)):
-        each.weight = nn.Parameter(each.weight * 3, requires_grad=False)
-
-
-WRITES: dict[str, Callable[[Any], object]] = {
-    "in place": lambda model: layer(model).weight.mul_(2),
-    "in place, the first": lambda model: first_layer(model).weight.mul_(2),
-    "data": lambda model: first_layer(model).weight.data.add_(1),
-    "data assigned": lambda model: setattr(
-        layer(model).weight, "data", torch.full_like(layer(model).weight, 0.25)
-    ),
-    "replaced": _replace,
-    "state dict": lambda model: model.load_state_dict(KIND.make(seed=9).state_dict()),
-    "state dict assigned": lambda model: model.load_state_dict(
-        {k: v.to(model.device) for k, v in KIND.make(seed=9).state_dict().items()}, assign=True
-    ),
-    "all": lambda model: [p.data.mul_(1.5) for p in model.blocks.parameters()],
-}
-
-
 @pytest.mark.parametrize("staying", [0, 3, 100])
 @pytest.mark.parametrize("how", STORED)
 @pytest.mark.parametrize("way", WRITES)
@@ -292,17 +206,6 @@ def test_a_write_while_paused_takes_effect_in_the_next_forward(pack: bool, devic
 
 
 # Adapters.
-
-TARGETS: dict[str, list[str] | str] = {
-    "wan21_t2v": ["to_q", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
-    "vace": ["to_q", "proj_in", "proj_out"],  # these two are parts themselves
-    "animate": r".*\.to_q|face_adapter\.\d\.to_out|.*\.ffn\.net\.2",  # and so are face blocks'
-    "qwen_image": ["to_q", "img_mlp.net.2"],
-}
-
-
-def adapt(name: str) -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[name], init_lora_weights=False)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -341,20 +244,7 @@ def test_adapters_are_those_of_the_resident_model(
     assert torch.equal(forward(model, inputs), last)
 
 
-def add_adapter(model: Any, name: str) -> None:
-    torch.manual_seed(7)
-    model.add_adapter(adapt(name), "first")
-
-
 # --- a forward may end anywhere -------------------------------------------------------------------
-
-
-class Stop(Exception):
-    """What a test throws from inside a forward."""
-
-
-def stop(*_: object) -> None:
-    raise Stop
 
 
 @pytest.mark.parametrize("prefetch", [None, 0, 3])
@@ -374,21 +264,6 @@ def test_after_an_exception_anywhere_in_a_block_the_next_forward_is_right(
         values = KIND.make().state_dict()
         assert all(torch.equal(v.cpu(), values[k]) for k, v in model.state_dict().items())
         assert torch.equal(forward(model, inputs), expected)
-
-
-def calls_of(model: Any, modules: list[nn.Module]) -> list[tuple[Any, Any, Any]]:
-    """(arguments, keywords, output) of each module in a forward of a resident model."""
-    seen: list[tuple[Any, Any, Any]] = []
-    handles = [
-        module.register_forward_hook(
-            lambda _, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True
-        )
-        for module in modules
-    ]
-    forward(model, KIND.inputs(model.device))
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 @pytest.mark.parametrize("prefetch", [None, 0, 3])
@@ -465,44 +340,6 @@ def test_a_second_thread_is_refused_wherever_it_comes_in() -> None:
 
 
 # --- the order ------------------------------------------------------------------------------------
-
-
-class Shuffled(nn.Module):
-    """A block that calls its parts in another order than they are registered in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three = (nn.Linear(64, 64) for _ in range(3))
-        self.small = nn.Parameter(torch.randn(64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(self.two(self.three(x) + self.small))
-
-
-class Rows(nn.Module):
-    """Blocks in a row, backwards."""
-
-    def __init__(self, make: Callable[[], nn.Module] = Shuffled, count: int = 4) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(make() for _ in range(count))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in reversed(self.blocks):
-            x = block(x)
-        return x
-
-
-def of_rows(device: str, make: Callable[[], nn.Module] = Shuffled, **options: Any) -> Any:
-    """(wrapped, resident, input)."""
-    model = Rows(make).requires_grad_(False)
-    twin = copy.deepcopy(model).to(device)
-    return wrap(model, device, **options), twin, X.to(device)
-
-
-def together(place: Any, other: Any) -> bool:
-    return any(
-        a.start < b.start + b.nbytes and b.start < a.start + a.nbytes for a in place for b in other
-    )
 
 
 @pytest.mark.parametrize("staying", [0, 2])
@@ -888,298 +725,6 @@ def test_what_a_part_gives_out_of_its_weights_stays_as_it_was(
             assert not block(x).any()
     for one, other in zip(given, expected, strict=True):
         assert torch.equal(one, other)
-
-
-# --- compiled blocks ------------------------------------------------------------------------------
-
-
-def compiled(name: str, device: str, order: str, backend: Any, **options: Any) -> Any:
-    """A model whose blocks are compiled: "never" wrapped, or wrapped "before" or "after" that."""
-    model = MODELS[name].make()
-    if order == "never":
-        model.to(device)
-    if order == "before":
-        wrap(model, device, **options)
-    model.compile_repeated_blocks(fullgraph=True, backend=backend)  # type: ignore[operator]
-    if order == "after":
-        wrap(model, device, **options)
-    return model
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_compiled_blocks_are_as_many_graphs_as_in_the_resident_model_and_never_recompile(
-    name: str, device: str
-) -> None:
-    graphs, outputs = {}, {}
-    for order in ("never", "before", "after"):
-        torch.compiler.reset()
-        backend = CompileCounterWithBackend("eager")
-        model = compiled(name, device, order, backend)
-        inputs = [MODELS[name].inputs(device, text=text) for text in (0, 1)]
-        first = forward(model, inputs[0])
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            outputs[order] = [first, *(forward(model, each) for each in inputs * 2)]
-        graphs[order] = backend.frame_count
-        if order != "never":
-            stats = wanoffload.offloader(model).stats()
-            assert stats.acquires == 5 * PARTS[name]
-            # Of three blocks all have room in a ring for two and what lets a forward close.
-            assert stats.bytes_fetched > stats.host_bytes or stats.units <= 15
-    assert len(set(graphs.values())) == 1, graphs
-    for order in ("before", "after"):
-        for found, right in zip(outputs[order], outputs["never"], strict=True):
-            assert torch.equal(found, right), order
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("pack", [False, True])
-def test_blocks_compiled_by_inductor_give_what_the_compiled_resident_model_gives(
-    pack: bool, order: str, device: str
-) -> None:
-    inputs = KIND.inputs(device)
-    expected = forward(compiled("wan22_5b", device, "never", "inductor"), inputs)
-    torch.compiler.reset()
-    model = compiled("wan22_5b", device, order, "inductor", pack=pack)
-    for _ in range(3):
-        assert torch.equal(forward(model, inputs), expected)
-    assert wanoffload.offloader(model).stats().acquires == 3 * PARTS["wan22_5b"]
-    check_memory(wanoffload.offloader(model))
-
-
-@pytest.mark.parametrize("prefetch", [None, 0, 1, 5])
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("staying", [0, 4, 100])
-def test_parts_of_a_compiled_block_are_on_the_device_together(
-    staying: int, order: str, prefetch: int | None, device: str
-) -> None:
-    inputs = KIND.inputs(device)
-    budget = budget_for("wan22_5b", staying + 1)  # 2 MiB more, for rings that are larger
-    model = compiled("wan22_5b", device, order, "eager", vram_budget=budget, prefetch=prefetch)
-    offloader = wanoffload.offloader(model)
-    held: list[int] = []
-
-    def look(*_: object) -> None:
-        held.append(sum(binding.held for binding in offloader.bindings))
-
-    real = offloader.release
-    offloader.release = lambda *given: (look(), real(*given))[1]  # type: ignore[method-assign]
-    for _ in range(3):
-        assert torch.equal(forward(model, inputs), resident("wan22_5b", device))
-    assert max(held) >= 2  # the first of a block is let go while the others are still held
-    assert offloader.stats().acquires == 3 * PARTS["wan22_5b"]
-    places = offloader.residency.places
-    for block in range(3):
-        row = [places[n] for n in range(3 * block, 3 * block + 3) if n in places]
-        assert not any(together(a, b) for i, a in enumerate(row) for b in row[:i])
-    check_memory(offloader)
-
-
-def test_compiled_blocks_are_fetched_while_the_one_before_computes() -> None:
-    model = compiled("wan22_i2v", "cpu", "after", "eager")
-    offloader = wanoffload.offloader(model)
-    for number in range(3):
-        forward(model, MODELS["wan22_i2v"].inputs())
-        if number == 0:
-            offloader.reset_stats()
-    assert offloader.stats().cold == 0
-
-
-def test_compiling_a_block_that_the_budget_has_no_room_for_is_refused_before_anything_changed(
-    device: str,
-) -> None:
-    model = large_rows(device)
-    offloader = wanoffload.offloader(model)
-    least = ring_budget(model, together=False)
-    offloader.set_budget(least)
-    x = torch.linspace(-1, 1, 1024, device=device).view(2, 512)
-    for _ in range(2):  # the order is learned in the first
-        expected = model(x)
-    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
-    ring, residency = offloader.ring, offloader.residency
-    with pytest.raises(WrapError, match=r"at least .* part by part; vram_budget is"):
-        model.blocks[1].compile(backend="eager")
-    assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes
-    assert (offloader.ring, offloader.residency, offloader.paused) == (ring, residency, False)
-    assert torch.equal(model(x), expected)
-    offloader.set_budget(ring_budget(model, together=True))
-    model.blocks[1].compile(backend="eager")
-    assert torch.equal(model(x), expected)
-    with pytest.raises(WrapError, match="at least"):
-        offloader.set_budget(least)  # now it is too little
-    assert torch.equal(model(x), expected)
-
-
-class Large(Shuffled):
-    """A block whose parts take a MiB each, so that budgets tell them apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three = (nn.Linear(512, 512) for _ in range(3))
-        self.small = nn.Parameter(torch.randn(512))
-
-
-def large_rows(device: str, **options: Any) -> Any:
-    return wrap(Rows(Large).requires_grad_(False), device, **options)
-
-
-def ring_budget(model: Any, together: bool) -> int:
-    """The least: for one part, or for a block."""
-    offloader = wanoffload.offloader(model)
-    sizes = [binding.layout.nbytes for binding in offloader.bindings[:3]]
-    ring = allocated(256 + (sum(sizes) if together else max(sizes)))
-    return offloader._others + ring + 2 * MIB * together  # and what the ends of places cost
-
-
-def test_a_single_part_can_be_compiled(device: str) -> None:
-    for order in ("before", "after"):
-        model = KIND.make()
-        backend = CompileCounterWithBackend("eager")
-        if order == "before":
-            wrap(model, device)
-        for block in model.blocks:
-            block.attn1.compile(backend=backend, fullgraph=True)
-        if order == "after":
-            wrap(model, device)
-        check(model)
-        assert backend.frame_count == 1
-        assert wanoffload.offloader(model)._compiled is False
-        wanoffload.unwrap(model, device)
-        assert torch.equal(forward(model, KIND.inputs(device)), resident("wan22_5b", device))
-        assert traces(model) == []
-
-
-@pytest.mark.parametrize("wrapped_at", [0, 1, 2])
-def test_a_block_can_be_compiled_whose_part_is_compiled(wrapped_at: int, device: str) -> None:
-    model = KIND.make().to(device)
-    inputs, expected = KIND.inputs(device), resident("wan22_5b", device)
-    for step in range(3):
-        if step == wrapped_at:
-            wrap(model, device)
-        if step == 0:
-            model.blocks[1].attn1.compile(backend="eager")
-        if step == 1:
-            model.blocks[1].compile(backend="eager")
-        for _ in range(2):
-            assert torch.equal(forward(model, inputs), expected)
-    check(model, forwards=2)
-    wanoffload.unwrap(model, device)
-    assert torch.equal(forward(model, inputs), expected)
-    assert traces(model) == []
-
-
-@pytest.mark.parametrize("granularity", ["block", "part"])
-def test_a_compile_that_fails_leaves_the_block_as_it_was(granularity: str, device: str) -> None:
-    model = wrapped(device=device, granularity=granularity)
-    inputs, expected = KIND.inputs(device), resident("wan22_5b", device)
-    for module in (model.blocks[1], model.blocks[1].ffn):
-        with pytest.raises(Exception, match="nonesuch"):
-            module.compile(backend="nonesuch")
-        for _ in range(2):
-            assert torch.equal(forward(model, inputs), expected)
-    model.blocks[1].compile(backend="eager")
-    assert torch.equal(forward(model, inputs), expected)
-
-
-@pytest.mark.parametrize("pack", [False, True])
-def test_writes_to_compiled_blocks_take_effect_in_the_next_forward(pack: bool, device: str) -> None:
-    for way in WRITES.values():
-        torch.compiler.reset()
-        model = compiled("wan22_5b", device, "before", "eager", pack=pack)
-        twin, inputs = KIND.make().to(device), KIND.inputs(device)
-        assert torch.equal(forward(model, inputs), forward(twin, inputs))
-        with torch.no_grad():
-            for changed in (model, twin):
-                way(changed)
-        for _ in range(2):
-            assert torch.equal(forward(model, inputs), forward(twin, inputs))
-
-
-def test_a_weight_of_a_compiled_block_that_no_longer_fits_packed_is_right(device: str) -> None:
-    """It is packed again into more than the staging memory holds, which ends the engine: before
-    any part of the block is on the device."""
-    model = compiled("wan22_5b", device, "before", "eager", pack=True)
-    twin, inputs = KIND.make().to(device), KIND.inputs(device)
-    offloader = wanoffload.offloader(model)
-    forward(model, inputs)
-    engines = offloader._prefetcher
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for changed in (model, twin):
-            for linear in (changed.blocks[1].ffn.net[0].proj, changed.blocks[1].ffn.net[2]):
-                scale = torch.exp(torch.randn(linear.weight.shape, generator=generator) * 9)
-                signs = torch.randn(linear.weight.shape, generator=generator).sign()
-                values = (scale.clamp(1e-6, 0.2) * signs).to(torch.bfloat16)
-                linear.weight = nn.Parameter(values.to(linear.weight.device), requires_grad=False)
-            generator.manual_seed(3)
-    for _ in range(3):
-        assert torch.equal(forward(model, inputs), forward(twin, inputs))
-    assert offloader._prefetcher is not engines
-
-
-@pytest.mark.parametrize("block", [0, 1, 2])
-def test_after_an_exception_in_a_compiled_block_the_next_forward_is_right(
-    block: int, device: str
-) -> None:
-    model = compiled("wan22_5b", device, "before", "eager")
-    inputs, expected = KIND.inputs(device), resident("wan22_5b", device)
-    offloader = wanoffload.offloader(model)
-    for number in range(3 * block, 3 * block + 3):
-        binding = offloader.bindings[number]
-        for name in ("take_in_changes", "exit"):
-            real = getattr(binding, name)
-
-            def failing(*given: Any, real: Any = real, name: str = name) -> None:
-                if name == "exit":
-                    real(*given)
-                raise Stop
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(binding, name, failing)
-                with pytest.raises(Stop):
-                    forward(model, inputs)
-            assert not offloader.in_forward()
-            assert not any(each.held for each in offloader.bindings)
-            assert torch.equal(forward(model, inputs), expected)
-    with torch.no_grad(), pytest.raises(TypeError):
-        model.blocks[block]()
-    assert torch.equal(forward(model, inputs), expected)
-
-
-def test_operations_in_any_order_give_what_the_resident_model_gives(device: str) -> None:
-    def enable(model: Any) -> None:
-        model.enable_cache(magnitudes())
-
-    def disable(model: Any) -> None:
-        model.disable_cache()
-
-    def compile_it(model: Any) -> None:
-        model.compile_repeated_blocks(backend="eager")
-
-    def unwrap(model: Any) -> None:
-        if wanoffload.hooks.attached(model) is not None:
-            wanoffload.unwrap(model, device)
-            assert traces(model) == []
-
-    def wrap_it(model: Any) -> None:
-        if getattr(model, "streamed", False):
-            wrap(model, device)
-
-    steps = {"wrap": wrap_it, "compile": compile_it, "enable": enable, "unwrap": unwrap}
-    for order in itertools.permutations(steps):
-        if order.index("wrap") > order.index("unwrap"):
-            continue
-        outputs: list[list[Tensor]] = []
-        for streamed in (False, True):
-            torch.compiler.reset()
-            model = KIND.make().to(device)
-            model.streamed = streamed
-            outputs.append([])
-            for number, name in enumerate((*order, "disable")):
-                {**steps, "disable": disable}[name](model)
-                with model.cache_context("cond"):
-                    outputs[-1].append(forward(model, KIND.inputs(device, seed=number)))
-        for name, found, right in zip((*order, "disable"), *outputs, strict=True):
-            assert torch.equal(found, right), (order, name)
 
 
 # --- granularity="auto" ---------------------------------------------------------------------------

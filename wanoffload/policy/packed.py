@@ -25,7 +25,7 @@ memory. Of 36 ms a step (14B on an H100) 32 show at 480x832x17 and 38 at 81 fram
 STAGING_SLOTS = 3
 """Packed chunks on the device at once: one is copied, one unpacked, one evens that out."""
 CHUNK_BYTES = 48 << 20
-"""Of packed bytes that one staging slot holds, at most: the larger, the fewer gaps between copies."""
+"""Packed bytes of a staging slot, at most. The larger, the fewer gaps between copies."""
 SETUP_FACTOR = 1.5
 """Times as long to set up as a plain block: it goes to the device and back."""
 MARGIN = 0.03
