@@ -10,8 +10,9 @@ from torch import nn
 
 import wanoffload
 from tests.small_models import MODELS, forward
-from wanoffload import Offloader, learned_rates
+from wanoffload import Offloader
 from wanoffload.learned_rates import BlockTimes, LearnedRates
+from wanoffload.machine import clock
 from wanoffload.residency import Rates, forward_seconds
 
 KIND = MODELS["wan22_i2v"]
@@ -25,7 +26,7 @@ SLOW_COMPUTE = Rates(link_gb_per_s=1000, decode_gb_per_s=0.01, compute_s=1e-3)
 def ticks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the clock says: the first of these, then the next."""
     row: list[float] = []
-    monkeypatch.setattr(learned_rates.time, "perf_counter", lambda: row.pop(0))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: row.pop(0))
     return row
 
 

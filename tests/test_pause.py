@@ -13,8 +13,9 @@ from torch import nn
 
 import wanoffload
 from tests.small_models import MODELS, Backwards, forward
-from wanoffload import ConcurrentForwardError, Offloader, runtime, step_time
+from wanoffload import ConcurrentForwardError, Offloader, runtime
 from wanoffload._C import HostBackend
+from wanoffload.machine import clock as machine_clock
 
 
 def wrapped(name: str = "wan21_t2v", **options: object) -> tuple[nn.Module, dict, Offloader]:
@@ -237,7 +238,7 @@ def test_the_second_step_is_measured_and_compared(
 ) -> None:
     model, inputs, offloader = wrapped()
     clock = iter([10.0, 12.5])
-    monkeypatch.setattr(step_time.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(machine_clock.time, "perf_counter", lambda: next(clock))
     assert offloader.stats().predicted_step_seconds is None
     offloader.expect(2.0, forwards_per_step=2)
     for done in range(4):
@@ -260,7 +261,7 @@ def test_a_prediction_that_holds_is_no_warning(
 ) -> None:
     model, inputs, offloader = wrapped()
     clock = iter([10.0, 11.0])
-    monkeypatch.setattr(step_time.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(machine_clock.time, "perf_counter", lambda: next(clock))
     offloader.expect(1.05, forwards_per_step=1)
     for _ in range(2):
         forward(model, inputs)
@@ -275,7 +276,7 @@ def test_a_generation_that_ends_within_its_second_step_is_not_measured(
 ) -> None:
     model, inputs, offloader = wrapped()
     clock = iter([10.0, 30.0, 33.0])
-    monkeypatch.setattr(step_time.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(machine_clock.time, "perf_counter", lambda: next(clock))
     offloader.expect(1.0, forwards_per_step=2)
     for _ in range(3):
         forward(model, inputs)  # the second step begins at 10.0

@@ -6,14 +6,13 @@ So packed blocks are kept on the device where the link binds, and plain ones whe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
 from wanoffload._C import Backend, HostImage
-from wanoffload.machine.clock import Run, clock_of
+from wanoffload.machine.clock import Run, Stamp, clock_of, seconds_between, stamp
 from wanoffload.residency import Rates
 
 COPIED_BYTES = 64 << 20
@@ -27,8 +26,6 @@ writes 1.7, a copy 2, and is 1.09 times as quick (docs/results-packing-h100.md).
 BESIDE_COMPUTE = 0.94
 """Of the link's rate, what copies have beside blocks that compute and unpacking: 50.5 to 52.4 GB/s
 where they have 55.1 alone (docs/results-budget-h100.md)."""
-
-Stamp = torch.cuda.Event | float
 
 
 class BlockTimes:
@@ -64,12 +61,12 @@ class BlockTimes:
 
     def come(self, unit: int) -> None:
         """The unit's weights are there."""
-        self._begun[unit] = self._now()
+        self._begun[unit] = stamp(self._device)
 
     def used(self, unit: int) -> None:
         """It has been computed."""
         if unit in self._begun:
-            self._stamps[self._key][unit] = self._begun[unit], self._now()
+            self._stamps[self._key][unit] = self._begun[unit], stamp(self._device)
 
     def end_forward(self, completed: bool) -> None:
         """What a forward that broke off has of them is forgotten."""
@@ -80,29 +77,12 @@ class BlockTimes:
     def seconds(self, key: Hashable) -> dict[int, float]:
         """By unit; empty as long as the device has not got that far."""
         stamps = {} if self.timing else self._stamps.get(key, {})
-        if key not in self._seconds and stamps and all(_over(last) for _, last in stamps.values()):
-            self._seconds[key] = {unit: _between(*row) for unit, row in stamps.items()}
+        found = {unit: seconds_between(*row) for unit, row in stamps.items()}
+        known = {unit: seconds for unit, seconds in found.items() if seconds is not None}
+        if known and len(known) == len(found):
+            self._seconds[key] = known
             self._stamps[key] = {}  # their events are not needed any more
         return self._seconds.get(key, {})
-
-    def _now(self) -> Stamp:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-
-def _over(stamp: Stamp) -> bool:
-    return isinstance(stamp, float) or bool(stamp.query())
-
-
-def _between(first: Stamp, last: Stamp) -> float:
-    if isinstance(first, float) or isinstance(last, float):
-        assert isinstance(first, float)
-        assert isinstance(last, float)
-        return last - first
-    return float(first.elapsed_time(last)) / 1e3
 
 
 class LearnedRates:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 
 import torch
+
+from wanoffload.machine.clock import Stamp, seconds_between, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ class StepTime:
         self._device = device
         self._forwards_per_step = 1
         self._done = 0  # whole forwards of this generation
-        self._start: torch.cuda.Event | float | None = None
-        self._end: torch.cuda.Event | float | None = None
+        self._start: Stamp | None = None
+        self._end: Stamp | None = None
         self._told = False
 
     def expect(self, seconds: float | None, forwards_per_step: int) -> None:
@@ -45,7 +46,7 @@ class StepTime:
 
     def begin_forward(self) -> None:
         if self._measuring() and self._done == self._forwards_per_step:
-            self._start = self._now()
+            self._start = stamp(self._device)
 
     def end_forward(self, completed: bool) -> None:
         if not self._measuring():
@@ -54,18 +55,13 @@ class StepTime:
             return self.restart()
         self._done += 1
         if self._done == 2 * self._forwards_per_step:
-            self._end = self._now()
+            self._end = stamp(self._device)
 
     def measured(self) -> float | None:
         """Seconds, once the device has got that far."""
-        start, end = self._start, self._end
-        if start is None or end is None:
+        if self._start is None or self._end is None:
             return None
-        if isinstance(start, float) or isinstance(end, float):
-            assert isinstance(start, float)
-            assert isinstance(end, float)
-            return end - start
-        return start.elapsed_time(end) / 1e3 if end.query() else None
+        return seconds_between(self._start, self._end)
 
     def tell(self) -> None:
         """Compares, in one line of the log, as soon as both are known."""
@@ -85,10 +81,3 @@ class StepTime:
 
     def _measuring(self) -> bool:
         return self.predicted is not None and self._end is None
-
-    def _now(self) -> torch.cuda.Event | float:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event

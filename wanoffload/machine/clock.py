@@ -64,3 +64,25 @@ class HostClock:
 def clock_of(device: torch.device) -> Clock:
     """The clock of a torch device."""
     return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+Stamp = torch.cuda.Event | float
+"""A moment: on CUDA a timed event, on the host what its clock says."""
+
+
+def stamp(device: torch.device) -> Stamp:
+    """When the device's current stream gets here. Nothing waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(first: Stamp, last: Stamp) -> float | None:
+    """None as long as the device has not got to the last."""
+    if isinstance(first, float) or isinstance(last, float):
+        assert isinstance(first, float)
+        assert isinstance(last, float)
+        return last - first
+    return float(first.elapsed_time(last)) / 1e3 if last.query() else None
