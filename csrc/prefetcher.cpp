@@ -127,25 +127,32 @@ int Prefetcher::distance(int unit) const {
   return ahead >= 0 ? ahead : ahead + units();
 }
 
-// The slot to give up first: an empty one, else that whose unit is needed last. -1: all in use.
-int Prefetcher::farthest_free_slot() const {
-  int best = -1;
-  int best_distance = -1;
+// Whether the unit comes over the link among the `ahead` units that come next.
+bool Prefetcher::crosses_soon(int unit, int ahead) const {
+  return needs_link(unit) && distance(unit) < ahead;
+}
+
+// The slot to give up first: an empty one, else that whose unit is needed last; one that holds what
+// crosses the link soon only if all do. -1: all in use.
+int Prefetcher::slot_to_give_up(int ahead) const {
+  int best = kNoSlot;
+  std::pair<bool, int> best_worth;
   for (int i = 0; i < slots_.passing(); ++i) {
     const Slot& slot = slots_[i];
     if (slot.users != 0) continue;
-    const int away = slot.unit == kNoUnit ? std::numeric_limits<int>::max() : distance(slot.unit);
-    if (away > best_distance) {
+    if (slot.unit == kNoUnit) return i;
+    const std::pair worth(crosses_soon(slot.unit, ahead), -distance(slot.unit));
+    if (best == kNoSlot || worth < best_worth) {
       best = i;
-      best_distance = away;
+      best_worth = worth;
     }
   }
   return best;
 }
 
 // Where the unit is to be brought to: its home, if it lives there, else the slot to give up first.
-int Prefetcher::place_for(int unit) const {
-  return slots_.lives_at_home(unit) ? slots_.home_of(unit) : farthest_free_slot();
+int Prefetcher::place_for(int unit, int ahead) const {
+  return slots_.lives_at_home(unit) ? slots_.home_of(unit) : slot_to_give_up(ahead);
 }
 
 int Prefetcher::coming(int places) const {
@@ -158,12 +165,19 @@ bool Prefetcher::needs_link(int unit) const {
 }
 
 // How many places of the order, from the next on, are looked at: until `depth` units are found that
-// need the link. The last place, of the unit acquired just now, is not.
+// need the link, or as many as the slots can hold, one of which is for what is unpacked from homes.
+// The last place, of the unit acquired just now, is not.
 int Prefetcher::horizon() const {
   int to_come = options_.depth;
+  int room = slots_.passing();
+  bool unpacks = false;
   int places = 0;
   for (; places < units() - 1 && to_come > 0; ++places) {
-    if (needs_link(coming(places))) --to_come;
+    const int unit = coming(places);
+    if (slots_.keeps_packed(unit) ? !std::exchange(unpacks, true) : !slots_.lives_at_home(unit)) {
+      if (room-- == 0) break;
+    }
+    if (needs_link(unit)) --to_come;
   }
   return places;
 }
@@ -181,13 +195,8 @@ void Prefetcher::prefetch() {
 // unpacked from its home.
 void Prefetcher::top_up() {
   const int ahead = horizon();
-  int room = slots_.passing();
-  bool unpacks = false;  // a unit among those looked at, from its home: one slot is for it
   for (int i = 0; i < ahead; ++i) {
     const int unit = coming(i);
-    if (slots_.keeps_packed(unit) ? !std::exchange(unpacks, true) : !slots_.lives_at_home(unit)) {
-      if (room-- == 0) break;
-    }
     if (slots_.find(unit) == kNoSlot && !fetch_ahead(unit, ahead)) break;
   }
   if (options_.depth == 0) return;
@@ -207,7 +216,7 @@ bool Prefetcher::fetch_ahead(int unit, int ahead) {
       (void)home_enqueued(unit);
       return true;
     }
-    const int slot = place_for(unit);
+    const int slot = place_for(unit, ahead);
     if (!may_take(slot, unit, ahead)) return false;
     bring(unit, slot);
     return true;
@@ -220,7 +229,7 @@ bool Prefetcher::fetch_ahead(int unit, int ahead) {
 void Prefetcher::unpack_ahead(int unit, int ahead) {
   if (failures_[static_cast<std::size_t>(unit)]) return;
   try {
-    const int slot = farthest_free_slot();
+    const int slot = slot_to_give_up(ahead);
     if (may_take(slot, unit, ahead) && home_enqueued(unit)) unpack_from_home(unit, slot);
   } catch (...) {
     failures_[static_cast<std::size_t>(unit)] = std::current_exception();
@@ -237,8 +246,7 @@ bool Prefetcher::may_take(int slot, int unit, int ahead) {
     if (slots_[holder].users != 0 || !engine_.settled(slots_[holder].transfer)) return false;
     const int held = slots_[holder].unit;
     if (held == kNoUnit) return true;
-    const int away = distance(held);
-    return away > distance(unit) && !(passing && needs_link(held) && away < ahead);
+    return distance(held) > distance(unit) && !(passing && crosses_soon(held, ahead));
   });
 }
 
@@ -302,7 +310,7 @@ void Prefetcher::rethrow_failure(int unit) {
 int Prefetcher::slot_with(int unit) {
   if (const int slot = slots_.find(unit); slot >= 0) return slot;
   rethrow_failure(unit);
-  const int slot = place_for(unit);
+  const int slot = place_for(unit, horizon());
   if (slot < 0) {
     throw UsageError("all " + std::to_string(slot_count()) + " slots are in use: unit " +
                      std::to_string(unit) + " was acquired while others were not released");

@@ -134,14 +134,15 @@ class Prefetcher {
   [[nodiscard]] bool may_take(int slot, int unit, int ahead);
   [[nodiscard]] int coming(int places) const;
   [[nodiscard]] bool needs_link(int unit) const;
-  [[nodiscard]] int place_for(int unit) const;
+  [[nodiscard]] bool crosses_soon(int unit, int ahead) const;
+  [[nodiscard]] int slot_to_give_up(int ahead) const;
+  [[nodiscard]] int place_for(int unit, int ahead) const;
   [[nodiscard]] int horizon() const;
   void settle(int unit, int slot);
   void begin_read(int unit, int slot, StreamHandle stream);
   void wait_until_over(Transfer& transfer);
   void top_up();
   [[nodiscard]] int distance(int unit) const;
-  [[nodiscard]] int farthest_free_slot() const;
   void note(Happened what, int unit, int slot);
   [[nodiscard]] std::string events_text() const;
   [[nodiscard]] std::string with_events(const std::exception& cause) const;
