@@ -22,7 +22,7 @@ from wanoffload._C import HostImage, PackedImage, Packer
 from wanoffload.host_tiers import HostChoice
 from wanoffload.image import lay_out
 from wanoffload.packing import estimated_bytes, most_bytes
-from wanoffload.policy.packed import STAGING_SLOTS
+from wanoffload.staging import STAGING_SLOTS
 from wanoffload.units import find_units
 
 KIND = MODELS["wan22_5b"]

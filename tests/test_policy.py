@@ -101,7 +101,8 @@ def test_attention_and_traffic_add_to_the_products() -> None:
         traffic_bytes_per_token=1e6,
     )
     found = cost.forward_seconds(dit, 1000, card(None))
-    assert found == pytest.approx(0.1 + 0.07 + 0.001 + 0.001 + 1e9 / 4e12 / cost.TRAFFIC_EFFICIENCY)
+    traffic = 1e9 / 4e12 / cost.TRAFFIC_EFFICIENCY + 1e9 / 1e14 / cost.TRAFFIC_PER_FLOP
+    assert found == pytest.approx(0.1 + 0.07 + 0.001 + 0.001 + traffic)
 
 
 def test_a_forward_takes_at_least_the_time_to_launch_it() -> None:

@@ -12,9 +12,10 @@ from tests.test_policy import A14B as PLAIN_A14B
 from tests.test_policy import DIT, GB, LARGE, MEDIUM, SMALL, TEXT_ENCODER, VAE, card, decided
 from wanoffload.facts.model import DitFacts
 from wanoffload.machine.hardware import Hardware
-from wanoffload.policy import cost, packed
+from wanoffload.policy import cost, packed, within
 from wanoffload.policy.cost import RESIDENT, STREAM, WHOLE, Around, Placement
 from wanoffload.policy.planning import Plan, plan
+from wanoffload.staging import BESIDE_COMPUTE
 from wanoffload.workload import Workload
 
 # 28 GB in blocks, all but 40 MB of it in bf16: 0.56 s plain and 0.395 s packed at 50 GB/s.
@@ -102,6 +103,67 @@ def test_host_memory_is_planned_with_072_of_the_packed_bytes() -> None:
 def test_setting_up_packed_takes_half_as_long_again() -> None:
     plain, both = predicted(0.0).start_seconds, predicted(1.0).start_seconds
     assert both - plain == pytest.approx(0.5 * 56 / cost.LOCK_GB_PER_S)
+
+
+# What stays under a budget.
+
+ONE = replace(A14B, dits=(PACKABLE,), text_encoder=None, vae=None)
+BUDGET = 12 * GB
+UNSETTLED = 8 * GB  # that much of it is used at least as long as no rates are known
+LITTLE = 3 * GB  # 2 slots, staging memory and what is in no block
+
+
+def under(budget: int, workload: Workload | None = LARGE, share: float = 1.0, **rates: Any) -> Any:
+    machine = card(None, **rates)
+    return cost.predict(ONE, Placement(STREAM, 1, share), Around(), workload, machine, budget)
+
+
+def test_no_more_of_a_budget_is_used_by_packed_blocks_than_makes_a_forward_quicker() -> None:
+    assert under(BUDGET).device_weight_bytes < LITTLE
+    assert UNSETTLED < under(BUDGET, SMALL).device_weight_bytes <= BUDGET
+    faster = 20.0  # times as fast a device: copies take longer
+    small = under(BUDGET, matmul_tflops=100 * faster, device_gb_per_s=4000 * faster)
+    assert UNSETTLED < small.device_weight_bytes <= BUDGET
+
+
+@pytest.mark.parametrize(("workload", "share"), [(None, 1.0), (LARGE, 0.0)])
+def test_a_budget_is_used_up_where_compute_is_not_known_and_by_plain_blocks(
+    workload: Workload | None, share: float
+) -> None:
+    assert UNSETTLED < under(BUDGET, workload, share).device_weight_bytes <= BUDGET
+
+
+def test_what_a_budget_allows_must_fit_though_less_may_be_used_in_the_end() -> None:
+    found = under(BUDGET)
+    activations = 32760 * 100_000
+    assert found.device_peak_bytes < LITTLE + activations
+    assert found.device_need_bytes > UNSETTLED + activations
+
+
+@pytest.mark.parametrize("workload", [SMALL, MEDIUM, LARGE])
+@pytest.mark.parametrize("budget", [BUDGET, 24 * GB, 40 * GB])
+def test_a_packed_step_under_a_budget_is_that_of_the_residency(
+    workload: Workload, budget: int
+) -> None:
+    compute = cost.forward_seconds(PACKABLE, A14B.tokens(workload), card(None))
+    assert compute is not None
+    rates = within.rates(compute, card(None))
+    stays = within.residency(PACKABLE, 1.0, 1, budget, "block", rates)
+    assert stays is not None
+    assert stays.seconds is not None
+    found = under(budget, workload)
+    moved = sum(within.kept_bytes(ONE, [stays])) / 50e9
+    again = 0 if found.residents_stay else moved / workload.steps
+    assert found.step_seconds == pytest.approx(2 * stays.seconds + again)
+    assert found.device_weight_bytes == stays.device_bytes
+    assert found.link_bytes == stays.streamed_bytes
+    assert found.kept_packed_units == len(stays.kept_packed)
+
+
+def test_copies_are_slower_beside_compute_and_decoding() -> None:
+    rates = within.rates(0.3, card(None))
+    assert (rates.link_gb_per_s, rates.compute_s) == (50 * BESIDE_COMPUTE, 0.3)
+    assert BF16 / rates.decode_gb_per_s / 1e9 == pytest.approx(DECODING)
 
 
 # As many blocks as the link needs.

@@ -14,6 +14,7 @@ from torch import Tensor
 from wanoffload._C import Backend, HostImage
 from wanoffload.machine.clock import Run, Stamp, clock_of, seconds_between, stamp
 from wanoffload.residency import Rates
+from wanoffload.staging import BESIDE_COMPUTE
 
 COPIED_BYTES = 64 << 20
 ROUNDS = 4
@@ -23,9 +24,6 @@ TINY_S = 1e-9
 UNPACKED = 1.28
 """Bytes that unpacking gives in the time in which a copy within the device copies one. It reads and
 writes 1.7, a copy 2, and is 1.09 times as quick (docs/results-packing-h100.md)."""
-BESIDE_COMPUTE = 0.94
-"""Of the link's rate, what copies have beside blocks that compute and unpacking: 50.5 to 52.4 GB/s
-where they have 55.1 alone (docs/results-budget-h100.md)."""
 
 
 class BlockTimes:

@@ -16,8 +16,8 @@ from math import inf, prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from wanoffload.errors import WrapError
-from wanoffload.policy.packed import CHUNK_BYTES, STAGING_SLOTS
 from wanoffload.sizes import gb
+from wanoffload.staging import CHUNK_BYTES, STAGING_SLOTS
 
 if TYPE_CHECKING:  # it looks at images, which are of torch
     from wanoffload.ring import Place

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wanoffload.errors import WrapError
-from wanoffload.policy.packed import CHUNK_BYTES, STAGING_SLOTS
 from wanoffload.residency import ALIGN_BYTES, Residency, UnitBytes, allocated, evenly
 from wanoffload.ring import Ring, cut, least_bytes, overwritten, ring_of
 from wanoffload.sizes import gb
+from wanoffload.staging import CHUNK_BYTES, STAGING_SLOTS
 
 if TYPE_CHECKING:
     from wanoffload.image import ImageLayout

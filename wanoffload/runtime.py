@@ -33,10 +33,10 @@ from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, Wr
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.learned_rates import BlockTimes, LearnedRates
-from wanoffload.policy.packed import STAGING_SLOTS
 from wanoffload.recently_read import RecentlyRead
 from wanoffload.residency import Rates, Residency, UnitBytes, allocated, choose, forward_seconds
 from wanoffload.ring_plan import choose_parts, parts_of
+from wanoffload.staging import STAGING_SLOTS
 from wanoffload.step_time import StepTime
 from wanoffload.together import Together
 

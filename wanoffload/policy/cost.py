@@ -14,7 +14,8 @@ from wanoffload.facts.model import ComponentFacts, DitFacts, ModelFacts
 from wanoffload.host_tiers import READ_AHEAD_BYTES
 from wanoffload.machine.hardware import RATES, Hardware
 from wanoffload.policy import packed, within
-from wanoffload.residency import Residency
+from wanoffload.residency import Rates, Residency
+from wanoffload.staging import STAGING_SLOTS
 from wanoffload.workload import Workload
 
 RESIDENT = "resident"
@@ -36,9 +37,13 @@ CONTENTION_DEEPER = 0.011
 LAUNCH_FACTOR = 1.7
 """Host time of an operation inside a diffusers model, in launches of a bare one: 1.6 and 1.95 were
 measured on two machines of one kind. Only small models on fast cards wait for it."""
-TRAFFIC_EFFICIENCY = 0.61
-"""Part of the rate of one large elementwise kernel that the many of a block reach: 0.56 to 0.66 was
-measured, over three models and 1,560 to 32,760 tokens."""
+TRAFFIC_EFFICIENCY = 0.95
+"""Part of the rate of one large elementwise kernel with which those of a block move their bytes."""
+TRAFFIC_PER_FLOP = 0.012
+"""And what the same bytes take besides, whatever the memory: bytes in the time of a product's FLOP.
+Both are fitted to what is left of compute beside products and attention on an H200 (three models,
+1,560 to 32,760 tokens) and on an H100, which differ in their memory alone: together 0.57 to 0.75 of
+the memory's rate."""
 CONVOLUTION_WORKSPACES = 0.155
 """What cuDNN's workspaces add, of a VAE's activations: 0.148 to 0.155 was measured."""
 SLOT_LEAD_BYTES = 256
@@ -161,10 +166,12 @@ def forward_seconds(dit: DitFacts, tokens: int, machine: Hardware) -> float | No
         dit.attention_flops_per_token_squared * tokens + dit.attention_flops_per_token
     ) * tokens + dit.attention_flops
     traffic = dit.traffic_bytes_per_token * tokens + dit.traffic_bytes
+    flops = _rate(machine.matmul_tflops) * 1e12
     device = (
-        products / (_rate(machine.matmul_tflops) * 1e12)
+        products / flops
         + attention / (_rate(machine.attention_tflops) * 1e12 * dit.attention_efficiency)
         + traffic / (_rate(machine.device_gb_per_s) * 1e9 * TRAFFIC_EFFICIENCY)
+        + traffic / (flops * TRAFFIC_PER_FLOP)
     )
     return max(device, dit.kernels * _rate(machine.launch_us) * LAUNCH_FACTOR / 1e6)
 
@@ -190,26 +197,36 @@ def predict(
     streamed one that fit stay there. `outlasts`: also while others run, if there is room.
     """
     facts = facts.streamed_in(placement.granularity)
-    stay = _what_stays(facts, placement, budget)
     tokens = facts.tokens(workload) if workload else 0
     videos = workload.videos if workload else 1
+    stay = _what_stays(facts, placement, budget, tokens, videos, machine)
+    # Before it is known what a forward is up against, and again for other shapes of inputs.
+    unsettled = _what_stays(facts, placement, budget)
     activations = videos * max((_activations(dit, tokens) for dit in facts.dits), default=0)
-    weights = _weights_while_denoising(facts, placement, budget, stay)
+    denoising, at_worst = (
+        Stage(weights + _standing(facts, around), activations)
+        for weights in (
+            _weights_while_denoising(facts, placement, budget, stay),
+            _weights_while_denoising(facts, placement, budget, unsettled),
+        )
+    )
     others = _other_stages(facts, placement, around, workload)
     kept = max(within.kept_bytes(facts, stay), default=0)
+    kept_at_worst = max(kept, *within.kept_bytes(facts, unsettled), 0)
+    need = max((stage.need_bytes for stage in others), default=0)
     room = machine.device_memory
-    between = max((stage.need_bytes for stage in others), default=0) + kept + RESERVE_BYTES
-    stays = outlasts and (room is None or between <= int(room))
+    stays = outlasts and (room is None or need + kept_at_worst + RESERVE_BYTES <= int(room))
     if stays:
+        need += kept_at_worst
         others = [replace(stage, weights=stage.weights + kept) for stage in others]
-    stages = [Stage(weights + _standing(facts, around), activations), *others]
+    need = max(need, denoising.need_bytes, at_worst.need_bytes)
     return Candidate(
         placement=placement,
         step_seconds=_step_seconds(facts, placement, tokens, workload, machine, stay, stays),
         start_seconds=_start_seconds(facts, placement, around, machine),
-        device_peak_bytes=max(stage.peak_bytes for stage in stages),
-        device_need_bytes=max(stage.need_bytes for stage in stages) + RESERVE_BYTES,
-        device_weight_bytes=weights,
+        device_peak_bytes=max(stage.peak_bytes for stage in (denoising, *others)),
+        device_need_bytes=need + RESERVE_BYTES,
+        device_weight_bytes=_weights_while_denoising(facts, placement, budget, stay),
         host_locked_bytes=_locked(facts, placement, around),
         link_bytes=_link_bytes(facts, placement, stay),
         staging_bytes=_staging(facts, placement, stay),
@@ -255,17 +272,41 @@ def slots_bytes(component: ComponentFacts, prefetch: int) -> int:
     return SLOT_LEAD_BYTES + count * max(component.block_bytes)
 
 
-def _what_stays(facts: ModelFacts, placement: Placement, budget: int | None) -> list[Residency]:
+def _what_stays(
+    facts: ModelFacts,
+    placement: Placement,
+    budget: int | None,
+    tokens: int = 0,
+    videos: int = 1,
+    machine: Hardware | None = None,
+) -> list[Residency]:
     """Of each DiT; nothing where nothing is streamed, or the budget is none or too small. Of parts
-    also without a budget: then it says how large their ring is."""
+    also without a budget: then it says how large their ring is.
+
+    `tokens`, `videos`, `machine`: of a forward for which it is quickest. Without them it is chosen
+    by bytes alone.
+    """
     how = placement.granularity
     if placement.kind != STREAM or (budget is None and how == BLOCK):
         return []
     part = within.share_of_one(facts, budget) if budget is not None else None
-    found = [
-        within.residency(dit, placement.packed, placement.prefetch, part, how) for dit in facts.dits
-    ]
+    form = placement.packed, placement.prefetch, part, how
+    found = (
+        within.residency(dit, *form, _rates(dit, placement, tokens, videos, machine))
+        for dit in facts.dits
+    )
     return [residency for residency in found if residency is not None]
+
+
+def _rates(
+    dit: DitFacts, placement: Placement, tokens: int, videos: int, machine: Hardware | None
+) -> Rates | None:
+    """What a forward is up against. None: that is not known, or what stays does not depend on it:
+    it does where blocks are packed."""
+    if machine is None or not placement.packed or placement.granularity == PART:
+        return None
+    alone = forward_seconds(dit, tokens, machine) if tokens else None
+    return within.rates(videos * alone, machine) if alone is not None else None
 
 
 def _weights_while_denoising(
@@ -289,7 +330,7 @@ def _weights_while_denoising(
 
 def _staging(facts: ModelFacts, placement: Placement, stay: list[Residency]) -> int:
     if placement.granularity == PART and stay:
-        return packed.STAGING_SLOTS * max(residency.staging_bytes for residency in stay)
+        return STAGING_SLOTS * max(residency.staging_bytes for residency in stay)
     return max((packed.staging_bytes(dit, placement.packed) for dit in facts.dits), default=0)
 
 
@@ -435,6 +476,8 @@ def _forward(
     compute = videos * alone  # the weights come once for all of them
     if placement.kind != STREAM:
         return compute
+    if stay is not None and stay.seconds is not None:
+        return stay.seconds
     ahead = placement.prefetch or 0
     if stay is not None:
         ahead = within.blocks_ahead(dit, stay) if placement.granularity == PART else ahead

@@ -10,6 +10,7 @@ import math
 
 from wanoffload.facts.model import DitFacts
 from wanoffload.machine.hardware import Hardware
+from wanoffload.staging import CHUNK_BYTES, STAGING_SLOTS
 
 RATIO = 0.705
 """Of a bf16 tensor's bytes. A weight takes 11 of 16 bits, a tile of 1,024 its base, and escapes 2.1
@@ -22,10 +23,6 @@ with them 1,410 GB/s of packed bytes read, of 4,298 on an H200."""
 DECODE_EXPOSED = 1.0
 """Part of the decoding that the compute stream is slowed by. All of it: both want the device's
 memory. Of 36 ms a step (14B on an H100) 32 show at 480x832x17 and 38 at 81 frames."""
-STAGING_SLOTS = 3
-"""Packed chunks on the device at once: one is copied, one unpacked, one evens that out."""
-CHUNK_BYTES = 48 << 20
-"""Packed bytes of a staging slot, at most. The larger, the fewer gaps between copies."""
 SETUP_FACTOR = 1.5
 """Times as long to set up as a plain block: it goes to the device and back."""
 MARGIN = 0.03

@@ -11,9 +11,21 @@ from wanoffload.apart import PART
 from wanoffload.errors import WrapError
 from wanoffload.facts.model import DitFacts, ModelFacts
 from wanoffload.host_tiers import evenly
+from wanoffload.machine.hardware import Hardware
 from wanoffload.policy import packed
-from wanoffload.residency import ALIGN_BYTES, Residency, UnitBytes, allocated, choose, least
+from wanoffload.residency import (
+    ALIGN_BYTES,
+    Rates,
+    Residency,
+    UnitBytes,
+    allocated,
+    choose,
+    least,
+)
 from wanoffload.ring_plan import Part, choose_parts, least_of_parts
+from wanoffload.staging import BESIDE_COMPUTE, STAGING_SLOTS
+
+_GB = 10**9
 
 
 def others_beside(facts: ModelFacts) -> int:
@@ -29,16 +41,32 @@ def share_of_one(facts: ModelFacts, budget: int) -> int:
 
 
 def residency(
-    dit: DitFacts, share: float, prefetch: int | None, budget: int | None, granularity: str
+    dit: DitFacts,
+    share: float,
+    prefetch: int | None,
+    budget: int | None,
+    granularity: str,
+    rates: Rates | None = None,
 ) -> Residency | None:
     """Of one DiT, a share of whose units is packed, within its part of the budget. None: the
-    budget is too small."""
+    budget is too small. With rates, as it settles once the runtime has found them out."""
     try:
         if granularity == PART:
             return _residency_of_parts(dit, share, prefetch, budget)
-        return choose(_units(dit, share), budget, others=dit.other_bytes, prefetch=prefetch)
+        units, others = _units(dit, share), dit.other_bytes
+        return choose(units, budget, others=others, prefetch=prefetch, rates=rates)
     except WrapError:
         return None
+
+
+def rates(compute_s: float, machine: Hardware) -> Rates:
+    """What a forward that computes so long is up against."""
+    assert machine.link_gb_per_s is not None
+    return Rates(
+        link_gb_per_s=machine.link_gb_per_s * BESIDE_COMPUTE,
+        decode_gb_per_s=1 / packed.seconds_to_decode(_GB, machine),
+        compute_s=compute_s,
+    )
 
 
 @lru_cache(maxsize=128)
@@ -94,7 +122,7 @@ def kept_bytes(facts: ModelFacts, stay: list[Residency]) -> list[int]:
 def _passing(residency: Residency) -> int:
     """Device memory that units pass through."""
     slots = ALIGN_BYTES + residency.slots * residency.slot_bytes if residency.slots else 0
-    staged = packed.STAGING_SLOTS * residency.staging_bytes
+    staged = STAGING_SLOTS * residency.staging_bytes
     ring = ALIGN_BYTES + residency.ring_bytes if residency.ring_bytes else 0
     return allocated(slots) + allocated(ring) + allocated(ALIGN_BYTES + staged if staged else 0)
 
