@@ -4,7 +4,9 @@ error with numbers and not a killed process."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 from torch import Tensor
@@ -16,32 +18,18 @@ RESERVE = 256 << 20
 """Bytes that are left to everyone else."""
 
 
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+class _Group(NamedTuple):
+    """The files of one cgroup: its limit, what it has taken, and of what that consists."""
+
+    limit: str
+    usage: str
+    stat: str
+    prefix: str
 
 
-def _own_group(controller: str) -> str:
-    """This process's cgroup path: for v2 (controller "") or for a v1 controller."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return "/"
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            return path
-    return "/"
-
-
-def cgroup_headroom(root: Path = CGROUP) -> tuple[int, int] | None:
-    """(limit, bytes left under it) of the tightest cgroup limit of this process, v2 or v1.
-
-    Pages that only cache files count as left: the kernel gives them back first.
-    """
+@lru_cache(maxsize=8)
+def _groups(root: Path, own: str) -> tuple[_Group, ...]:
+    """This process's group and those above it, v2 and v1, by the text of /proc/self/cgroup."""
     versions = (
         (root, "", "memory.max", "memory.current", ""),
         (
@@ -52,25 +40,60 @@ def cgroup_headroom(root: Path = CGROUP) -> tuple[int, int] | None:
             "total_",
         ),
     )
-    found: list[tuple[int, int]] = []
-    for base, controller, limit_file, usage_file, prefix in versions:
-        folder = base / _own_group(controller).lstrip("/")
+    found = []
+    for base, controller, limit, usage, prefix in versions:
+        folder = base / _path_of(controller, own).lstrip("/")
         for group in (folder, *folder.parents):
             if not group.is_relative_to(base):
                 break
-            limit, usage = _number(group / limit_file), _number(group / usage_file)
-            if limit is not None and usage is not None and limit < 1 << 60:
-                found.append((limit, limit - usage + _cached(group / "memory.stat", prefix)))
+            stat = str(group / "memory.stat")
+            found.append(_Group(str(group / limit), str(group / usage), stat, prefix))
+    return tuple(found)
+
+
+def _path_of(controller: str, own: str) -> str:
+    """A process's cgroup path: for v2 (controller "") or for a v1 controller."""
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return path
+    return "/"
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _number(path: str) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def cgroup_headroom(root: Path = CGROUP) -> tuple[int, int] | None:
+    """(limit, bytes left under it) of the tightest cgroup limit of this process, v2 or v1.
+
+    Pages that only cache files count as left: the kernel gives them back first.
+    """
+    found: list[tuple[int, int]] = []
+    for group in _groups(root, _text("/proc/self/cgroup")):
+        limit = _number(group.limit)
+        usage = _number(group.usage) if limit is not None and limit < 1 << 60 else None
+        if limit is not None and usage is not None:
+            found.append((limit, limit - usage + _cached(group)))
     return min(found, key=lambda pair: pair[1]) if found else None
 
 
-def _cached(path: Path, prefix: str) -> int:
+def _cached(group: _Group) -> int:
     """Bytes that only cache files: a checkpoint that was read twice counts as active."""
     try:
-        rows = dict(line.split() for line in path.read_text().splitlines())
-    except (OSError, ValueError):
+        rows = dict(line.split() for line in _text(group.stat).splitlines())
+    except ValueError:
         return 0
-    return sum(int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    return sum(int(rows.get(f"{group.prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
 
 
 def available_bytes() -> int:
