@@ -140,6 +140,21 @@ def test_what_a_budget_allows_must_fit_though_less_may_be_used_in_the_end() -> N
     assert found.device_need_bytes > UNSETTLED + activations
 
 
+def test_several_videos_at_once_compute_longer_so_that_less_of_a_budget_is_used() -> None:
+    assert under(BUDGET, replace(SMALL, videos=4)).device_weight_bytes < LITTLE
+
+
+def test_what_a_budget_allows_must_fit_beside_other_components_to_stay_there() -> None:
+    decoding = 480 * 832 * 20_000 * 1.1 + VAE.bytes + cost.RESERVE_BYTES
+    for room, stays in ((decoding + BUDGET, True), (decoding + 6 * GB, False)):
+        machine = card(f"{room / 1e9}GB")
+        placement = Placement(STREAM, 1, 1.0)
+        facts = replace(ONE, vae=VAE)
+        found = cost.predict(facts, placement, Around(vae=WHOLE), LARGE, machine, BUDGET)
+        assert found.kept_packed_units + found.resident_units < 3
+        assert found.residents_stay is stays
+
+
 @pytest.mark.parametrize("workload", [SMALL, MEDIUM, LARGE])
 @pytest.mark.parametrize("budget", [BUDGET, 24 * GB, 40 * GB])
 def test_a_packed_step_under_a_budget_is_that_of_the_residency(
