@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from wanoffload import ClosedError, ConcurrentForwardError, Offloader, WrapError
 from wanoffload.budget import Budget
 from wanoffload.device_memory import SlotMemory
 from wanoffload.residency import ALIGN_BYTES, UnitBytes, allocated, least
+from wanoffload.residency_planner import ResidencyPlanner
 
 KIND = MODELS["wan22_5b"]
 MIB = 1 << 20
@@ -34,7 +36,7 @@ def units_of(runtime: Offloader) -> list[UnitBytes]:
 def budget_for(name: str, resident: int, packed: bool = False, prefetch: int = 1) -> int:
     """The least, and room for so many blocks more. Each takes 2 MiB as the allocator counts."""
     runtime = wanoffload.offloader(wrapped(name, pack=packed, prefetch=prefetch))
-    others = runtime.device_bytes - runtime.residency.device_bytes + runtime._others
+    others = runtime.device_bytes - runtime.residency.device_bytes + runtime.planner.others
     need = least(units_of(runtime), others=others, prefetch=prefetch)
     return need + resident * allocated(ALIGN_BYTES + runtime.bindings[0].layout.nbytes)
 
@@ -84,14 +86,15 @@ def test_what_stays_comes_over_the_link_once() -> None:
     assert stats.resident_bytes >= stats.plain_bytes
 
 
-def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once() -> None:
+def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = wrapped("wan22_5b", pack=True)
     runtime = wanoffload.offloader(model)
     total = len(runtime.bindings)
     # Room for all of them packed: small blocks take as much plain, so plain ones are refused here.
-    plan = runtime.residency
-    keep = frozenset(range(total))
-    runtime._choose = lambda _: _with(plan, keep, runtime)  # type: ignore[method-assign]
+    kept = replace(runtime.residency, kept_packed=frozenset(range(total)), resident=frozenset())
+    monkeypatch.setattr(ResidencyPlanner, "choose", lambda *_: kept)
     before = runtime.stats()
     runtime._rebuild()
     check_outputs(model, 3)
@@ -100,12 +103,6 @@ def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once() -> None:
     assert after.bytes_fetched - before.bytes_fetched == after.host_bytes
     assert after.fetches - before.fetches >= 3 * total  # into slots, from the device
     assert after.staging_bytes == 0
-
-
-def _with(plan: Any, keep: frozenset[int], runtime: Offloader) -> Any:
-    from dataclasses import replace
-
-    return replace(plan, kept_packed=keep, resident=frozenset())
 
 
 def check_outputs(model: nn.Module, forwards: int) -> None:

@@ -14,6 +14,7 @@ from wanoffload import Offloader
 from wanoffload.learned_rates import BlockTimes, LearnedRates
 from wanoffload.machine import clock
 from wanoffload.residency import Rates, forward_seconds
+from wanoffload.residency_planner import sizes_of
 
 KIND = MODELS["wan22_i2v"]
 CPU = torch.device("cpu")
@@ -133,7 +134,7 @@ def test_plain_blocks_stay_where_the_link_does_not_bind(told: dict[str, Rates]) 
     assert len(now.resident) > len(before.resident)
     assert now.decoded_bytes < before.decoded_bytes
     assert runtime.device_bytes <= runtime.budget.nbytes  # type: ignore[operator]
-    sizes = runtime._sizes()
+    sizes = sizes_of(runtime.bindings)
     assert forward_seconds(sizes, now, SLOW_COMPUTE) < forward_seconds(sizes, before, SLOW_COMPUTE)
 
 

@@ -446,7 +446,7 @@ def test_a_paused_model_holds_no_ring_and_the_next_forward_is_right(device: str)
         offloader.pause(keep_residents=keep)
         stats = offloader.stats()
         assert (stats.slot_bytes, stats.resident_units > 0) == (0, keep)
-        assert offloader.device_bytes == offloader._others + offloader.homes.nbytes
+        assert offloader.device_bytes == offloader.planner.others + offloader.homes.nbytes
         values = KIND.make().state_dict()
         assert all(torch.equal(v.cpu(), values[k]) for k, v in model.state_dict().items())
     check(model)
@@ -740,7 +740,7 @@ def test_automatic_granularity_takes_blocks_where_they_fit_and_parts_where_they_
     device: str,
 ) -> None:
     parts, blocks = (large_rows("cpu", granularity=each) for each in ("part", "block"))
-    others = wanoffload.offloader(blocks)._others
+    others = wanoffload.offloader(blocks).planner.others
     two_slots = others + allocated(256 + 2 * wanoffload.offloader(blocks).slots.slot_bytes)
     x = torch.linspace(-1, 1, 1024, device=device).view(2, 512)
     for budget, chosen in (
@@ -874,7 +874,7 @@ def test_what_the_device_holds_is_counted_to_the_byte(device: str) -> None:
         memories = [offloader.ring, offloader.staging]
         memories += [home.place for home in offloader.homes.units.values()]
         taken = sum(allocated(memory.memory.nbytes) for memory in memories)
-        assert offloader.device_bytes == stats.device_bytes == offloader._others + taken
+        assert offloader.device_bytes == stats.device_bytes == offloader.planner.others + taken
         assert stats.slot_bytes == offloader.ring.memory.nbytes
 
 
@@ -901,7 +901,7 @@ def test_device_bytes_are_what_torch_allocates(share: float | None) -> None:
     small = 2 * MIB  # one segment for all that is small, and it may have been there
     torch.cuda.empty_cache()
     taken = torch.cuda.memory_reserved() - before
-    large = offloader.device_bytes - offloader._others
+    large = offloader.device_bytes - offloader.planner.others
     assert large <= taken <= large + small
     offloader.pause()
     torch.cuda.empty_cache()

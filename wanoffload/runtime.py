@@ -33,10 +33,11 @@ from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, Wr
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.learned_rates import BlockTimes, LearnedRates
+from wanoffload.packing import largest_chunk
 from wanoffload.policy.packed import STAGING_SLOTS
 from wanoffload.recently_read import RecentlyRead
-from wanoffload.residency import Rates, Residency, UnitBytes, allocated, choose, forward_seconds
-from wanoffload.ring_plan import choose_parts, parts_of
+from wanoffload.residency import Residency, allocated
+from wanoffload.residency_planner import ResidencyPlanner
 from wanoffload.step_time import StepTime
 from wanoffload.together import Together
 
@@ -107,11 +108,6 @@ def backend_for(device: torch.device) -> Backend:
     return CudaBackend(device.index) if device.type == "cuda" else HostBackend()
 
 
-def _largest_chunk(stored: Image) -> int:
-    """Bytes of the staging memory that the image needs at once; 0: it is not packed."""
-    return stored.largest_chunk if isinstance(stored, PackedImage) else 0
-
-
 def _give_back_cached(device: torch.device) -> None:
     """What torch's allocator keeps for later goes back to the device."""
     if device.type == "cuda":
@@ -133,16 +129,12 @@ class Offloader(hooks.Attached):
         device: torch.device,
         backend: Backend,
         slots: SlotMemory,
-        prefetch: int | None,
+        planner: ResidencyPlanner,
         host_plan: HostPlan,
         verify: bool,
-        budget: Budget = Budget(),  # noqa: B008 (it is frozen)
-        others: int = 0,
-        granularity: str = units.BLOCK,
-        compiled: bool = False,
+        budget: Budget,
     ) -> None:
         self.device = device
-        self.granularity = granularity
         self.verify = verify
         self.host_plan = host_plan
         self.pack = 0.0
@@ -150,6 +142,7 @@ class Offloader(hooks.Attached):
         self.staging = no_memory()
         self.ring = no_memory()
         self.homes = Homes(device)
+        self.planner = planner
         self.residency: Residency  # chosen by connect()
         self.bindings: list[Binding] = []
         self.together: list[Together] = []
@@ -160,14 +153,10 @@ class Offloader(hooks.Attached):
         self._backend = backend
         self.recently_read = RecentlyRead(UNPACKED_UNITS * slots.slot_bytes)
         self._written: dict[int, Binding] = {}  # not packed again yet, the latest last
-        self._prefetch = prefetch
         self._budget = budget
-        self._compiled = compiled  # some block is: its parts are used all at once
-        self._others = others  # bytes on the device of what is not in blocks
         self._activations = self._watch(budget)
         self._block_times = BlockTimes(device)
         self._learned = LearnedRates(device, backend)
-        self._rates: Rates | None = None  # of the shapes that were looked at last
         self._looked_at: Hashable = None  # these shapes
         self._short = False  # the device had less memory than the budget allows
         self._planned_for = 0  # bytes: the ceiling that the residency was chosen for
@@ -192,7 +181,7 @@ class Offloader(hooks.Attached):
         self._order = list(range(len(bindings)))
         for number, binding in enumerate(bindings):
             binding.index = number
-        self._take_memory(self._choose(self._budget))
+        self._take_memory(self._choose(self._budget.nbytes))
         self._make_engine()
         if self._budget.nbytes is not None:
             logger.info("%s", self.residency.sentence)
@@ -203,58 +192,13 @@ class Offloader(hooks.Attached):
         """Who finds out what an automatic budget is."""
         return Activations(TorchMemory(self.device)) if budget.auto else None
 
-    def _choose(self, budget: Budget) -> Residency:
-        """What stays on the device, by what the blocks take now. Raises WrapError if the budget is
-        too small."""
-        chunk = max((_largest_chunk(binding.image) for binding in self.bindings), default=0)
-        if self.granularity == units.PART:
-            return self._choose_parts(budget, chunk, self._compiled)
-        found = choose(
-            self._sizes(),
-            budget.nbytes,
-            others=self._others,
-            prefetch=self._prefetch,
-            rates=self._rates,
-            largest_chunk=chunk,
-        )
-        if found.streamed_bytes == 0:
-            return found
-        stays = found.resident | found.kept_packed
-        over_link = (b.image.nbytes for n, b in enumerate(self.bindings) if n not in stays)
-        return replace(found, streamed_bytes=sum(over_link))
+    def _choose(self, nbytes: int | None) -> Residency:
+        """What stays on the device under this ceiling. Raises WrapError if it is too small."""
+        return self.planner.choose(self.bindings, nbytes, self._order)
 
-    def _choose_parts(self, budget: Budget, chunk: int, compiled: bool) -> Residency:
-        takes = [
-            UnitBytes(binding.layout.nbytes, binding.image.nbytes, binding.packed)
-            for binding in self.bindings
-        ]
-        layouts = [binding.layout for binding in self.bindings]
-        parts = parts_of([binding.unit for binding in self.bindings], layouts, takes)
-        return choose_parts(
-            parts,
-            budget.nbytes,
-            others=self._others,
-            prefetch=self._prefetch,
-            order=self._order,
-            together=compiled,
-            largest_chunk=chunk,
-        )
-
-    def _sizes(self) -> list[UnitBytes]:
-        """What the blocks take. Packed ones of equal plain size differ by a little: all count as
-        the largest, so that they can be spread evenly."""
-        stored: dict[int, int] = {}
-        for binding in self.bindings:
-            if binding.packed:
-                plain = binding.layout.nbytes
-                stored[plain] = max(stored.get(plain, 0), binding.image.nbytes)
-        return [
-            UnitBytes(
-                plain, stored[plain] if binding.packed else binding.image.nbytes, binding.packed
-            )
-            for binding in self.bindings
-            for plain in [binding.layout.nbytes]
-        ]
+    def _choose_within(self, nbytes: int | None) -> Residency:
+        """The same; where the ceiling is too small, nothing stays."""
+        return self.planner.choose_within(self.bindings, nbytes, self._order)
 
     def _take_memory(self, residency: Residency) -> None:
         """Slots, staging memory and homes as it says; what is there stays. No engine is open.
@@ -287,7 +231,7 @@ class Offloader(hooks.Attached):
 
     def _make_engine(self) -> None:
         """An engine over the memory that was taken."""
-        if self._weighs_packed() and not self._learned.known:
+        if self._depends_on_rates() and not self._learned.known:
             self._measure_rates()
         homes = [home.place.memory for home in self.homes.units.values()]
         # The engine keeps this list alive, and so the memory until it has closed.
@@ -337,7 +281,7 @@ class Offloader(hooks.Attached):
         if any(binding.packed for binding in self.bindings):
             self._prepare_unpacking()
         over_link = [b for n, b in enumerate(self.bindings) if n not in residency.kept_packed]
-        largest = max((_largest_chunk(binding.image) for binding in over_link), default=0)
+        largest = max((largest_chunk(binding.image) for binding in over_link), default=0)
         if largest == self.staging.slot_bytes:
             return self.staging
         self.staging = no_memory()
@@ -397,7 +341,7 @@ class Offloader(hooks.Attached):
             return False
         if isinstance(new, PackedImage) and len(self.residency.places.get(index, ())) > 1:
             return False  # packed bytes are unpacked to one run of addresses
-        return _largest_chunk(new) <= self.staging.slot_bytes
+        return largest_chunk(new) <= self.staging.slot_bytes
 
     def invalidate(self, index: int) -> None:
         if self._closed or self._paused:
@@ -423,13 +367,13 @@ class Offloader(hooks.Attached):
         """From here on all parts of a block are used at once: one is being compiled. The next
         forward has room for that. Raises WrapError, and nothing has changed, if the budget is too
         small; ConcurrentForwardError during a forward."""
-        if self._compiled or self._closed:
+        if self.planner.compiled or self._closed:
             return
+        planner = replace(self.planner, compiled=True)
         if not self._budget.auto:
-            chunk = max(_largest_chunk(binding.image) for binding in self.bindings)
-            self._choose_parts(self._budget, chunk, compiled=True)
+            planner.choose(self.bindings, self._budget.nbytes, self._order)
         self.pause(keep_residents=True)
-        self._compiled = True
+        self.planner = planner
 
     # Packed units, between forwards.
 
@@ -524,7 +468,7 @@ class Offloader(hooks.Attached):
         self._settle_packed()
         if self._activations is not None:
             self._leave_room(self._activations, inputs)
-        if self._weighs_packed():
+        if self._depends_on_rates():
             self._look_at_rates(inputs)
         self.resume()
         self._recover()
@@ -551,11 +495,8 @@ class Offloader(hooks.Attached):
                 self.homes.keep_only(self._wanted(self._choose_within(room)))
                 activations.tidy()
 
-    def _weighs_packed(self) -> bool:
-        """Whether it depends on rates what stays on the device: packed blocks, which are unpacked
-        for each use, or fewer plain ones."""
-        budget = self._budget.nbytes is not None and self.granularity == units.BLOCK
-        return budget and any(binding.packed for binding in self.bindings)
+    def _depends_on_rates(self) -> bool:
+        return self.planner.depends_on_rates(self.bindings, self._budget.nbytes)
 
     def _look_at_rates(self, inputs: Any) -> None:
         """Once it is known how long a forward of these inputs computes, and it comes again, blocks
@@ -569,13 +510,12 @@ class Offloader(hooks.Attached):
         if not ready or key == self._looked_at or not seconds:
             return
         self._looked_at = key
-        takes = self._sizes()
+        plain = [binding.layout.nbytes for binding in self.bindings]
         # Unpacking makes some blocks take longer; it is counted apart.
-        fastest = min(time / max(takes[unit].plain, 1) for unit, time in seconds.items())
-        compute = fastest * sum(unit.plain for unit in takes)
-        self._rates = self._learned.with_compute(compute)
-        now = forward_seconds(takes, self.residency, self._rates)
-        best = forward_seconds(takes, self._choose_within(self._budget.nbytes), self._rates)
+        compute = min(time / max(plain[unit], 1) for unit, time in seconds.items()) * sum(plain)
+        self.planner = replace(self.planner, rates=self._learned.with_compute(compute))
+        now = self.planner.seconds(self.bindings, self.residency)
+        best = self.planner.seconds(self.bindings, self._choose_within(self._budget.nbytes))
         logger.debug(
             "a forward computes %.4f s; %.4f s as planned, %.4f at best", compute, now, best
         )
@@ -662,7 +602,12 @@ class Offloader(hooks.Attached):
     @property
     def prefetch(self) -> int | None:
         """Blocks that are fetched ahead, as asked for; None: as the budget's plan has it."""
-        return self._prefetch
+        return self.planner.prefetch
+
+    @property
+    def granularity(self) -> str:
+        """What is fetched at once: "block" or "part"."""
+        return self.planner.granularity
 
     def pause(self, keep_residents: bool = False) -> None:
         """Gives the device's memory and the pinned ring back until the next forward. Idempotent.
@@ -693,7 +638,7 @@ class Offloader(hooks.Attached):
     def set_prefetch(self, prefetch: int | None) -> None:
         """Another number of blocks ahead, and of slots, from the next forward on. Pauses."""
         self.pause()
-        self._prefetch = prefetch
+        self.planner = replace(self.planner, prefetch=prefetch)
 
     def set_budget(self, vram_budget: int | str | float | None) -> None:
         """Another ceiling for what the weights take on the device; as of `wrap`.
@@ -708,7 +653,7 @@ class Offloader(hooks.Attached):
                 "this model's offloader is closed: unwrap the model and wrap it again"
             )
         budget = Budget.of(vram_budget, self.device, self.device_bytes)
-        self._choose(budget)
+        self._choose(budget.nbytes)
         if not self._enter_thread("set_budget()"):
             raise ConcurrentForwardError("a forward of this model is running: set it afterwards")
         before, self._budget = self._budget, budget
@@ -725,7 +670,7 @@ class Offloader(hooks.Attached):
     def _rebuild(self) -> None:
         """Another engine, with what the budget says now; a paused one is made when it is used."""
         if self._paused:
-            self.residency = self._choose(self._budget)
+            self.residency = self._choose(self._budget.nbytes)
             self.homes.keep_only(self._wanted(self.residency))
             return
         self._pause(keep_homes=True)
@@ -756,8 +701,8 @@ class Offloader(hooks.Attached):
         self._let_slots_go(keep_homes=True)  # what a pause that stalled left
         self._planned_for = self._budget.nbytes or 0
         self._short = False
-        wanted = self._choose_within(self._budget.nbytes) if self._budget.auto else None
-        self._take_what_is_there(wanted or self._choose(self._budget), exactly)
+        choose = self._choose_within if self._budget.auto else self._choose
+        self._take_what_is_there(choose(self._budget.nbytes), exactly)
         for name in _COUNTS:
             self._past[name] += getattr(self._prefetcher.stats(), name)
         self._prefetcher.reset_stats()
@@ -779,13 +724,6 @@ class Offloader(hooks.Attached):
             self._short = True
             logger.warning("the device has too little memory for %s", residency.sentence)
             self._take_what_is_there(self._choose_within(less), exactly)
-
-    def _choose_within(self, nbytes: int | None) -> Residency:
-        """The residency of a smaller budget; where that is too small, nothing stays."""
-        try:
-            return self._choose(replace(self._budget, nbytes=nbytes))
-        except WrapError:
-            return self._choose(Budget())
 
     def _home_bytes(self, residency: Residency) -> int:
         wanted = self._wanted(residency).values()
@@ -862,7 +800,11 @@ class Offloader(hooks.Attached):
     def device_bytes(self) -> int:
         """Of all weights on the device, now, as the allocator counts them."""
         passing = (self.slots, self.ring, self.staging)
-        return self._others + self.homes.nbytes + sum(allocated(each.nbytes) for each in passing)
+        return (
+            self.planner.others
+            + self.homes.nbytes
+            + sum(allocated(each.nbytes) for each in passing)
+        )
 
     def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:
         """What a denoising step should take; the second step from here on is measured."""
