@@ -250,5 +250,5 @@ def test_room_that_the_plan_has_no_use_for_makes_no_new_engine(
     engines = []
     for _ in range(5):
         run_model(model, card)
-        engines.append(offloader._prefetcher)
+        engines.append(offloader.engine.prefetcher)
     assert len(set(map(id, engines[1:]))) == 1

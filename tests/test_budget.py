@@ -152,14 +152,16 @@ def test_another_budget_moves_only_the_difference(pack: bool, device: str) -> No
     runtime = wanoffload.offloader(model)
     check_outputs(model, 2)
     for budget in (budgets[1], budgets[2], budgets[1], budgets[2], budgets[0]):
-        had = dict(runtime.homes.units)
+        had = dict(runtime.memory.homes.units)
         runtime.set_budget(budget)
-        kept = {n: home for n, home in runtime.homes.units.items() if had.get(n) is home}
-        new = runtime.homes.units.keys() - kept.keys()
-        assert kept.keys() == {n for n in had if n in runtime.homes.units}
+        kept = {n: home for n, home in runtime.memory.homes.units.items() if had.get(n) is home}
+        new = runtime.memory.homes.units.keys() - kept.keys()
+        assert kept.keys() == {n for n in had if n in runtime.memory.homes.units}
         before = runtime.stats().bytes_fetched
         check_outputs(model, 1)
-        streamed = [b for n, b in enumerate(runtime.bindings) if n not in runtime.homes.units]
+        streamed = [
+            b for n, b in enumerate(runtime.bindings) if n not in runtime.memory.homes.units
+        ]
         ahead = sum(b.image.nbytes for b in streamed[: runtime.residency.slots])
         fetched = runtime.stats().bytes_fetched - before
         bringing = sum(runtime.bindings[n].image.nbytes for n in new)
@@ -194,10 +196,10 @@ def test_a_refused_budget_changes_nothing() -> None:
     model = wrapped(vram_budget=budget_for("wan22_5b", 1))
     runtime = wanoffload.offloader(model)
     check(model)
-    homes, budget = dict(runtime.homes.units), runtime.budget
+    homes, budget = dict(runtime.memory.homes.units), runtime.budget
     with pytest.raises(WrapError, match="vram_budget"):
         runtime.set_budget(1000)
-    assert (runtime.homes.units, runtime.budget, runtime.paused) == (homes, budget, False)
+    assert (runtime.memory.homes.units, runtime.budget, runtime.paused) == (homes, budget, False)
     check(model)
 
 
@@ -247,7 +249,7 @@ def test_an_unwrapped_model_is_ordinary_and_holds_nothing() -> None:
     check_outputs(model, 1)
     runtime = wanoffload.offloader(model)
     wanoffload.unwrap(model)
-    assert not runtime.homes.units
+    assert not runtime.memory.homes.units
     values = KIND.make().state_dict()
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
 
@@ -256,7 +258,7 @@ def test_verify_looks_at_the_blocks_that_stay(device: str) -> None:
     model = wrapped(device=device, vram_budget=budget_for("wan22_5b", 100), verify=True)
     runtime = wanoffload.offloader(model)
     check_outputs(model, 2)
-    runtime.homes[1].place.memory[300] ^= 1
+    runtime.memory.homes[1].place.memory[300] ^= 1
     with pytest.raises(wanoffload.VerifyError, match=r"blocks\.1"):
         forward(model, KIND.inputs(device))
     check_outputs(model, 1)  # what was spoilt is fetched again
@@ -330,7 +332,7 @@ def test_less_stays_where_a_forward_finds_less_memory(
     model = wrapped(vram_budget=budget_for("wan22_5b", 100, pack), pack=pack)
     runtime = wanoffload.offloader(model)
     check_outputs(model, 1)
-    stayed = len(runtime.homes.units)
+    stayed = len(runtime.memory.homes.units)
     runtime.pause()
     slots_and_staging = 1 if pack else 0  # where all stay there are no slots
     with caplog.at_level(logging.WARNING), out_of_memory_at(slots_and_staging + nth, once=True):
@@ -340,7 +342,7 @@ def test_less_stays_where_a_forward_finds_less_memory(
             assert runtime.paused
         else:
             check_outputs(model, 2)
-            assert 0 <= len(runtime.homes.units) < stayed
+            assert 0 <= len(runtime.memory.homes.units) < stayed
             assert "too little memory" in caplog.text
     check_outputs(model, 2)
 

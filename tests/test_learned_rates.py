@@ -109,7 +109,7 @@ def streamed(resident: int, **options: Any) -> tuple[nn.Module, Offloader]:
     """With room for so many blocks besides what the slots take."""
     given = {"device": "cpu", "pack": True, **options}
     runtime = wanoffload.offloader(wanoffload.wrap(KIND.make(), 1, **given))
-    block = runtime.slots.slot_bytes + 256
+    block = runtime.memory.slots.slot_bytes + 256
     budget = runtime.device_bytes + resident * block
     model = wanoffload.wrap(KIND.make(), 1, **given, vram_budget=budget)
     return model, wanoffload.offloader(model)
@@ -157,10 +157,10 @@ def test_a_plan_stays_where_another_would_gain_nothing(told: dict[str, Rates]) -
     told["now"] = SLOW_LINK
     model, runtime = streamed(4)
     before = runtime.residency
-    engine = runtime._prefetcher
+    engine = runtime.engine.prefetcher
     run_model(model, 4)
     assert runtime.residency == before
-    assert runtime._prefetcher is engine
+    assert runtime.engine.prefetcher is engine
 
 
 def test_a_model_that_found_too_little_memory_does_not_ask_for_more(told: dict[str, Rates]) -> None:
@@ -176,6 +176,6 @@ def test_a_larger_budget_is_spent_by_what_was_found(told: dict[str, Rates]) -> N
     told["now"] = SLOW_COMPUTE
     model, runtime = streamed(4)
     run_model(model, 4)
-    runtime.set_budget(runtime.budget.nbytes + runtime.slots.slot_bytes)  # type: ignore[operator]
+    runtime.set_budget(runtime.budget.nbytes + runtime.memory.slots.slot_bytes)  # type: ignore[operator]
     run_model(model, 3)
     assert not runtime.residency.kept_packed

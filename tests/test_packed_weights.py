@@ -1041,7 +1041,7 @@ def test_verify_compares_the_slot_with_what_was_packed(twin: Any) -> None:
         with torch.no_grad():
             each.blocks[1].norm2.weight.mul_(2)
     assert torch.equal(forward(verified, inputs), forward(twin, inputs))
-    wanoffload.offloader(verified).slots.memory[300] ^= 1
+    wanoffload.offloader(verified).memory.slots.memory[300] ^= 1
     with pytest.raises(wanoffload.VerifyError):
         forward(verified, inputs)
     assert torch.equal(forward(verified, inputs), forward(twin, inputs))

@@ -406,10 +406,10 @@ def test_another_budget_moves_only_the_difference(pack: bool, device: str) -> No
     offloader = wanoffload.offloader(model)
     check(model)
     for staying in (4, 100, 4, 0, 100, 0):
-        had = dict(offloader.homes.units)
+        had = dict(offloader.memory.homes.units)
         offloader.set_budget(budgets[staying])
         check_memory(offloader)
-        kept = {n for n, home in offloader.homes.units.items() if had.get(n) is home}
+        kept = {n for n, home in offloader.memory.homes.units.items() if had.get(n) is home}
         assert kept == had.keys() & offloader.residency.resident
         check(model)
 
@@ -418,10 +418,18 @@ def test_a_refused_budget_changes_nothing() -> None:
     model = wrapped(vram_budget=budget_for("wan22_5b", 4))
     offloader = wanoffload.offloader(model)
     check(model)
-    homes, ring, budget = dict(offloader.homes.units), offloader.ring, offloader.budget
+    homes, ring, budget = (
+        dict(offloader.memory.homes.units),
+        offloader.memory.ring,
+        offloader.budget,
+    )
     with pytest.raises(WrapError, match=r"at least .* part by part; vram_budget is 1,000 bytes"):
         offloader.set_budget(1000)
-    assert (offloader.homes.units, offloader.ring, offloader.budget) == (homes, ring, budget)
+    assert (offloader.memory.homes.units, offloader.memory.ring, offloader.budget) == (
+        homes,
+        ring,
+        budget,
+    )
     check(model)
 
 
@@ -446,7 +454,7 @@ def test_a_paused_model_holds_no_ring_and_the_next_forward_is_right(device: str)
         offloader.pause(keep_residents=keep)
         stats = offloader.stats()
         assert (stats.slot_bytes, stats.resident_units > 0) == (0, keep)
-        assert offloader.device_bytes == offloader.planner.others + offloader.homes.nbytes
+        assert offloader.device_bytes == offloader.planner.others + offloader.memory.homes.nbytes
         values = KIND.make().state_dict()
         assert all(torch.equal(v.cpu(), values[k]) for k, v in model.state_dict().items())
     check(model)
@@ -515,7 +523,7 @@ def test_an_automatic_budget_has_parts_stay_and_go(
     assert offloader.stats().bytes_fetched == fetched
     card.foreign = 64 * GIB  # and nothing is left
     assert run() == 0
-    assert offloader.ring.nbytes > 0
+    assert offloader.memory.ring.nbytes > 0
     card.foreign = 0
     assert run() == PARTS["wan22_5b"]
 
@@ -526,7 +534,7 @@ def test_verify_looks_at_parts_in_the_ring_and_at_those_that_stay(device: str) -
     check(model)
     number = max(offloader.residency.places, key=lambda n: len(offloader.residency.places[n]))
     name, piece = offloader.bindings[number].name, offloader.residency.places[number][-1]
-    memory, at = offloader.ring.memory, 256 + piece.start
+    memory, at = offloader.memory.ring.memory, 256 + piece.start
 
     def spoil(*_: object) -> None:
         memory[at + 5] ^= 1
@@ -538,8 +546,8 @@ def test_verify_looks_at_parts_in_the_ring_and_at_those_that_stay(device: str) -
         forward(model, KIND.inputs(device))
     inner.remove()
     check(model)
-    stays = min(offloader.homes.units)
-    offloader.homes[stays].place.memory[300] ^= 1
+    stays = min(offloader.memory.homes.units)
+    offloader.memory.homes[stays].place.memory[300] ^= 1
     with pytest.raises(VerifyError, match=rf"{offloader.bindings[stays].name} .*before use"):
         forward(model, KIND.inputs(device))
     check(model)
@@ -741,7 +749,7 @@ def test_automatic_granularity_takes_blocks_where_they_fit_and_parts_where_they_
 ) -> None:
     parts, blocks = (large_rows("cpu", granularity=each) for each in ("part", "block"))
     others = wanoffload.offloader(blocks).planner.others
-    two_slots = others + allocated(256 + 2 * wanoffload.offloader(blocks).slots.slot_bytes)
+    two_slots = others + allocated(256 + 2 * wanoffload.offloader(blocks).memory.slots.slot_bytes)
     x = torch.linspace(-1, 1, 1024, device=device).view(2, 512)
     for budget, chosen in (
         (None, "block"),
@@ -871,11 +879,11 @@ def test_what_the_device_holds_is_counted_to_the_byte(device: str) -> None:
     for options in ({}, {"vram_budget": "1GiB"}, {"pack": True}):
         offloader = wanoffload.offloader(wrapped(device=device, **options))
         stats = offloader.stats()
-        memories = [offloader.ring, offloader.staging]
-        memories += [home.place for home in offloader.homes.units.values()]
+        memories = [offloader.memory.ring, offloader.memory.staging]
+        memories += [home.place for home in offloader.memory.homes.units.values()]
         taken = sum(allocated(memory.memory.nbytes) for memory in memories)
         assert offloader.device_bytes == stats.device_bytes == offloader.planner.others + taken
-        assert stats.slot_bytes == offloader.ring.memory.nbytes
+        assert stats.slot_bytes == offloader.memory.ring.memory.nbytes
 
 
 @pytest.mark.gpu
@@ -958,7 +966,7 @@ def test_less_stays_where_a_forward_finds_less_memory(
     model = wrapped(vram_budget=budget_for("wan22_5b", 5, pack=pack), pack=pack)
     offloader = wanoffload.offloader(model)
     check(model)
-    stayed = len(offloader.homes.units)
+    stayed = len(offloader.memory.homes.units)
     offloader.pause()
     passing = 1 + pack  # the ring, and staging memory
     with caplog.at_level(logging.WARNING), out_of_memory_at(passing + nth, once=True):
@@ -968,7 +976,7 @@ def test_less_stays_where_a_forward_finds_less_memory(
             assert offloader.paused
         else:
             assert torch.equal(forward(model, KIND.inputs()), resident("wan22_5b", "cpu"))
-            assert 0 <= len(offloader.homes.units) < stayed
+            assert 0 <= len(offloader.memory.homes.units) < stayed
             assert "too little memory" in caplog.text
     assert torch.equal(forward(model, KIND.inputs()), resident("wan22_5b", "cpu"))
 

@@ -14,27 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanoffload import hooks, image, units
-from wanoffload._C import (
-    Backend,
-    CudaBackend,
-    HostBackend,
-    HostImage,
-    Image,
-    PackedImage,
-    Prefetcher,
-    fingerprint,
-)
+from wanoffload import hooks, units
+from wanoffload._C import Backend, HostImage, Image, PackedImage
 from wanoffload.activations import Activations, TorchMemory, shapes
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget
-from wanoffload.device_memory import Homes, Place, SlotMemory, Wanted, no_memory
+from wanoffload.device_memory import SlotMemory
+from wanoffload.engine import Engine
+from wanoffload.engine_memory import EngineMemory, give_back_cached, home_bytes
 from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, WrapError
 from wanoffload.host_tensor import ordinary_tensors
-from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
+from wanoffload.host_tiers import DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.learned_rates import BlockTimes, LearnedRates
-from wanoffload.packing import largest_chunk
-from wanoffload.policy.packed import STAGING_SLOTS
 from wanoffload.recently_read import RecentlyRead
 from wanoffload.residency import Residency, allocated
 from wanoffload.residency_planner import ResidencyPlanner
@@ -48,8 +39,6 @@ UNPACKED_UNITS = 2
 read; and so many more when they are written to."""
 WORTH_MOVING = 1.02
 """A plan is given up for another if forwards take this much longer under it."""
-FIRST_FILL_DEPTH = 2
-"""Blocks on their way home ahead of the one that computes, where all stay on the device."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +89,6 @@ class Stats:
     device_bytes: int = 0
 
 
-_COUNTS = ("acquires", "cold", "fetches", "bytes_fetched", "invalidations", "failures")
-
-
-def backend_for(device: torch.device) -> Backend:
-    """The engine's backend for a torch device: CUDA through the driver, or threads of the host."""
-    return CudaBackend(device.index) if device.type == "cuda" else HostBackend()
-
-
-def _give_back_cached(device: torch.device) -> None:
-    """What torch's allocator keeps for later goes back to the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 class Offloader(hooks.Attached):
     """A wrapped model's runtime. Get it with `wanoffload.offloader(transformer)`.
 
@@ -138,19 +113,15 @@ class Offloader(hooks.Attached):
         self.verify = verify
         self.host_plan = host_plan
         self.pack = 0.0
-        self.slots = slots
-        self.staging = no_memory()
-        self.ring = no_memory()
-        self.homes = Homes(device)
         self.planner = planner
-        self.residency: Residency  # chosen by connect()
+        self.memory = EngineMemory(device, slots)
+        self.engine = Engine(device, backend, self.memory)
         self.bindings: list[Binding] = []
         self.together: list[Together] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
         self.moving_all = False
         self.before_forward: Callable[[], None] | None = None
         """Called at the beginning of every forward of the model, before anything is brought."""
-        self._backend = backend
         self.recently_read = RecentlyRead(UNPACKED_UNITS * slots.slot_bytes)
         self._written: dict[int, Binding] = {}  # not packed again yet, the latest last
         self._budget = budget
@@ -160,19 +131,12 @@ class Offloader(hooks.Attached):
         self._looked_at: Hashable = None  # these shapes
         self._short = False  # the device had less memory than the budget allows
         self._planned_for = 0  # bytes: the ceiling that the residency was chosen for
-        self._poison: int | None = None
-        self._slot_owner: list[Tensor] = []
-        self._prefetcher: Prefetcher  # made by connect()
-        self._connected = False
-        self._can_unpack = False
         self._forwards = 0
-        self._past = dict.fromkeys(_COUNTS, 0)  # counts of the engines before the last pause
         self._step_time = StepTime(device)
         self._owner: dict[str, int] = {}  # "thread": the one inside a forward, if any
         self._sequence: list[int] = []  # units as this forward called them
         self._order: list[int] = []  # the engine's
         self._closed = False
-        self._paused = False
         self._process = os.getpid()
 
     def connect(self, bindings: list[Binding]) -> None:
@@ -181,12 +145,12 @@ class Offloader(hooks.Attached):
         self._order = list(range(len(bindings)))
         for number, binding in enumerate(bindings):
             binding.index = number
-        self._take_memory(self._choose(self._budget.nbytes))
-        self._make_engine()
+        self.engine.take_memory(self._choose(self._budget.nbytes), self._images())
+        self._open_engine()
         if self._budget.nbytes is not None:
             logger.info("%s", self.residency.sentence)
 
-    # Memory of the device.
+    # What stays on the device.
 
     def _watch(self, budget: Budget) -> Activations | None:
         """Who finds out what an automatic budget is."""
@@ -200,103 +164,14 @@ class Offloader(hooks.Attached):
         """The same; where the ceiling is too small, nothing stays."""
         return self.planner.choose_within(self.bindings, nbytes, self._order)
 
-    def _take_memory(self, residency: Residency) -> None:
-        """Slots, staging memory and homes as it says; what is there stays. No engine is open.
+    def _images(self) -> list[Image]:
+        return [binding.image for binding in self.bindings]
 
-        Raises torch.OutOfMemoryError. What was taken until then is kept by `homes` and `slots`.
-        """
-        self.residency = residency
-        wanted = self._wanted(residency)
-        if self.homes.keep_only(wanted):  # a ceiling is one for what the allocator holds, too
-            _give_back_cached(self.device)
-        with ordinary_tensors():
-            if (self.slots.count, self.slots.slot_bytes) != (residency.slots, residency.slot_bytes):
-                self.slots = no_memory()
-                self.slots = SlotMemory(residency.slots, residency.slot_bytes, self.device)
-            self._make_ring(residency.ring_bytes)
-            self.staging = self._make_staging(residency)
-            self.homes.make(wanted)
-        logger.debug("%s", residency.sentence)
-
-    def _make_ring(self, nbytes: int) -> None:
-        if self.ring.slot_bytes != nbytes:
-            self.ring = no_memory()
-            self.ring = SlotMemory(1, nbytes, self.device) if nbytes else no_memory()
-
-    def _wanted(self, residency: Residency) -> dict[int, Wanted]:
-        """The homes of a residency."""
-        plain = {n: Wanted(self.bindings[n].layout.nbytes, False) for n in residency.resident}
-        packed = {n: Wanted(self.bindings[n].image.nbytes, True) for n in residency.kept_packed}
-        return plain | packed
-
-    def _make_engine(self) -> None:
-        """An engine over the memory that was taken."""
+    def _open_engine(self) -> None:
+        """Over the memory that was taken."""
         if self._depends_on_rates() and not self._learned.known:
             self._measure_rates()
-        homes = [home.place.memory for home in self.homes.units.values()]
-        # The engine keeps this list alive, and so the memory until it has closed.
-        self._slot_owner = [self.slots.memory, self.ring.memory, self.staging.memory, *homes]
-        self._prefetcher = Prefetcher(
-            self._backend,
-            self.slots.addresses(),
-            self.slots.slot_bytes,
-            self._slot_owner,
-            depth=self._depth(),
-            ring_chunks=self.host_plan.ring_chunks,
-            ring_chunk_bytes=CHUNK_BYTES,
-            staging=self.staging.addresses(),
-            staging_bytes=self.staging.slot_bytes,
-            unpacks_in_place=any(binding.packed for binding in self.bindings),
-        )
-        self._connected = True
-        self._prefetcher.set_poison(self._poison)
-        for number, binding in enumerate(self.bindings):
-            self._add_unit(number, binding)
-        self._prefetcher.set_order(self._order)
-
-    def _depth(self) -> int:
-        if self.residency.slots == 0 and not self.residency.places:
-            return FIRST_FILL_DEPTH
-        return min(self.residency.depth, len(self.bindings))
-
-    def _add_unit(self, number: int, binding: Binding) -> None:
-        if (home := self.homes.get(number)) is not None:
-            self._prefetcher.add_unit(
-                binding.image,
-                home=home.place.place(0).ranges(),
-                as_stored=home.wanted.as_stored,
-                filled=home.filled,
-            )
-            home.stale = False
-        elif number in self.residency.places:
-            self._prefetcher.add_unit(binding.image, home=self._place_in_ring(number).ranges())
-        else:
-            self._prefetcher.add_unit(binding.image)
-
-    def _place_in_ring(self, number: int) -> Place:
-        return self.ring.places(self.residency.places[number])
-
-    def _make_staging(self, residency: Residency) -> SlotMemory:
-        """For the largest chunk of what comes packed over the link: always, or to its home."""
-        if any(binding.packed for binding in self.bindings):
-            self._prepare_unpacking()
-        over_link = [b for n, b in enumerate(self.bindings) if n not in residency.kept_packed]
-        largest = max((largest_chunk(binding.image) for binding in over_link), default=0)
-        if largest == self.staging.slot_bytes:
-            return self.staging
-        self.staging = no_memory()
-        return SlotMemory(STAGING_SLOTS, largest, self.device) if largest else no_memory()
-
-    def _prepare_unpacking(self) -> None:
-        """Gives the backend its kernel, once."""
-        if isinstance(self._backend, CudaBackend) and not self._can_unpack:
-            from wanoffload.kernels.unpack import compile_unpack
-
-            kernel = compile_unpack(self.device)
-            self._backend.load_unpack_kernel(
-                kernel.cubin, kernel.name, kernel.threads, kernel.shared_bytes
-            )
-        self._can_unpack = True
+        self.engine.open(self._images(), self._order, self.host_plan.ring_chunks)
 
     # The steady path.
 
@@ -308,7 +183,7 @@ class Offloader(hooks.Attached):
 
     def acquire(self, index: int, stream: int) -> tuple[int, int]:
         self._sequence.append(index)
-        acquired = self._prefetcher.acquire(index, stream)
+        acquired = self.engine.prefetcher.acquire(index, stream)
         if self._block_times.timing:
             self._block_times.come(index)
         return acquired
@@ -316,7 +191,7 @@ class Offloader(hooks.Attached):
     def release(self, index: int, stream: int, generation: int) -> None:
         if self._block_times.timing:
             self._block_times.used(index)
-        self._prefetcher.release(index, stream, generation)
+        self.engine.prefetcher.release(index, stream, generation)
 
     @property
     def tiers(self) -> list[str]:
@@ -329,37 +204,9 @@ class Offloader(hooks.Attached):
         Not inside of a block. One that is packed into larger chunks than the staging memory holds
         ends the engine, until the next forward makes one with more.
         """
-        if not self._closed and not self._paused:
-            if self._fits(index, new):
-                return self._prefetcher.replace_unit(index, new)
+        if self.engine.running and not self.memory.fits(index, new):
             self._pause(keep_homes=True)
-        self.homes.spoil(index)
-
-    def _fits(self, index: int, new: Image) -> bool:
-        """Whether the engine's memory, as it is, is enough for another image of a block."""
-        if index in self.residency.kept_packed:  # its home has the size of its packed bytes
-            return False
-        if isinstance(new, PackedImage) and len(self.residency.places.get(index, ())) > 1:
-            return False  # packed bytes are unpacked to one run of addresses
-        return largest_chunk(new) <= self.staging.slot_bytes
-
-    def invalidate(self, index: int) -> None:
-        if self._closed or self._paused:
-            self.homes.spoil(index)
-        else:
-            self._prefetcher.invalidate(index)
-
-    def place(self, index: int, slot: int) -> Place:
-        """Where a block stands that `acquire` gave this slot for."""
-        if slot < self.slots.count:
-            return self.slots.place(slot)
-        if (home := self.homes.get(index)) is not None:
-            return home.place.place(0)
-        return self._place_in_ring(index)
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a view of the weights on the device."""
-        return self.slots.holds(tensor) or self.ring.holds(tensor) or self.homes.holds(tensor)
+        self.engine.replace(index, new)
 
     # Parts of compiled blocks.
 
@@ -481,9 +328,9 @@ class Offloader(hooks.Attached):
         """The weights' ceiling is what the activations of these inputs leave."""
         room = activations.room(inputs, self.device_bytes)
         self._budget = replace(self._budget, nbytes=room)
-        if self._paused:
+        if self.paused:
             return
-        too_much = self.homes.nbytes > 0 and (room is None or room < self.device_bytes)
+        too_much = self.memory.homes.nbytes > 0 and (room is None or room < self.device_bytes)
         # What a plan leaves unused, or could not have, is no reason for another.
         used = max(self.device_bytes, self._planned_for)
         enough = room is not None and room >= used + allocated(self._largest())
@@ -492,7 +339,7 @@ class Offloader(hooks.Attached):
             self._recover()
             self._pause(keep_homes=True)
             if too_much:
-                self.homes.keep_only(self._wanted(self._choose_within(room)))
+                self.memory.keep_for(self._choose_within(room), self._images())
                 activations.tidy()
 
     def _depends_on_rates(self) -> bool:
@@ -505,7 +352,7 @@ class Offloader(hooks.Attached):
         self._block_times.begin_forward(key)
         seconds = self._block_times.seconds(key)
         ready = (
-            self._learned.known and not self._paused and not self._short and self._block_times.again
+            self._learned.known and not self.paused and not self._short and self._block_times.again
         )
         if not ready or key == self._looked_at or not seconds:
             return
@@ -528,9 +375,9 @@ class Offloader(hooks.Attached):
         locked = [binding.stored for binding in self.bindings if binding.tier == PINNED]
         images = [image for image in locked if isinstance(image, HostImage)]
         image = max(images, key=lambda image: image.nbytes, default=None)
-        if image is not None and self.slots.nbytes:
+        if image is not None and self.memory.slots.nbytes:
             with ordinary_tensors():
-                self._learned.measure(image, self.slots.memory)
+                self._learned.measure(image, self.memory.slots.memory)
 
     def end_forward(self, completed: bool) -> None:
         if not self.in_forward():
@@ -565,7 +412,7 @@ class Offloader(hooks.Attached):
         for binding in self.bindings:
             if binding.held:
                 binding.recover()
-        self._prefetcher.abandon(self.compute_stream())
+        self.engine.prefetcher.abandon(self.compute_stream())
 
     def _learn_order(self) -> None:
         """Takes over the order in which a whole forward called the blocks, if it was another."""
@@ -576,23 +423,24 @@ class Offloader(hooks.Attached):
             self._order = list(self._sequence)
             if self.residency.places:  # these follow the order
                 return self._pause(keep_homes=True)
-            self._prefetcher.set_order(self._order)
-            self._prefetcher.prefetch()
+            self.engine.prefetcher.set_order(self._order)
+            self.engine.prefetcher.prefetch()
 
     def start(self) -> None:
         """Fetches the first blocks, so that the first forward finds them."""
-        self._prefetcher.prefetch()
+        self.engine.prefetcher.prefetch()
 
     # Pausing.
 
     @property
     def paused(self) -> bool:
-        return self._paused
+        """Whether the next forward has to take slots first. Not so once closed."""
+        return not self.engine.running and not self._closed
 
     @property
-    def backend(self) -> Backend:
-        """The engine's; what is page-locked for it is locked through it."""
-        return self._backend
+    def residency(self) -> Residency:
+        """What stays on the device, and how the rest streams."""
+        return self.memory.residency
 
     @property
     def budget(self) -> Budget:
@@ -631,7 +479,6 @@ class Offloader(hooks.Attached):
             self._leave_thread()
 
     def _pause(self, keep_homes: bool = False) -> None:
-        self._paused = True
         self._step_time.restart()
         self._let_slots_go(keep_homes)
 
@@ -669,25 +516,16 @@ class Offloader(hooks.Attached):
 
     def _rebuild(self) -> None:
         """Another engine, with what the budget says now; a paused one is made when it is used."""
-        if self._paused:
-            self.residency = self._choose(self._budget.nbytes)
-            self.homes.keep_only(self._wanted(self.residency))
+        if self.paused:
+            self.memory.keep_for(self._choose(self._budget.nbytes), self._images())
             return
         self._pause(keep_homes=True)
         self.resume(exactly=True)
 
     def _let_slots_go(self, keep_homes: bool = False) -> None:
-        if self._connected:
-            self._prefetcher.close()
-            self._connected = False
-            for number, home in self.homes.units.items():
-                home.filled = not home.stale and self._prefetcher.home_filled(number)
+        self.engine.close(keep_homes)
         for binding in self.bindings:
             binding.forget_views()
-        self._slot_owner.clear()
-        self.slots = self.ring = self.staging = no_memory()
-        if not keep_homes:
-            self.homes.keep_only({})
 
     def resume(self, exactly: bool = False) -> None:
         """New slots and a new engine, with the same units in the same order, if it was paused.
@@ -696,38 +534,31 @@ class Offloader(hooks.Attached):
         `exactly`: also if there is too little for what the budget would have stay on the device;
         else less stays.
         """
-        if not self._paused or self._closed:
+        if not self.paused:
             return
         self._let_slots_go(keep_homes=True)  # what a pause that stalled left
         self._planned_for = self._budget.nbytes or 0
         self._short = False
         choose = self._choose_within if self._budget.auto else self._choose
         self._take_what_is_there(choose(self._budget.nbytes), exactly)
-        for name in _COUNTS:
-            self._past[name] += getattr(self._prefetcher.stats(), name)
-        self._prefetcher.reset_stats()
-        self._make_engine()
-        self._paused = False
-        self._prefetcher.prefetch()
+        self._open_engine()
+        self.engine.prefetcher.prefetch()
 
     def _take_what_is_there(self, residency: Residency, exactly: bool) -> None:
         try:
-            self._take_memory(residency)
+            self.engine.take_memory(residency, self._images())
         except torch.OutOfMemoryError:
-            had = self.homes.nbytes
+            had = self.memory.homes.nbytes
             self._let_slots_go()
-            _give_back_cached(self.device)
+            give_back_cached(self.device)
             if exactly or not had:
                 raise
             # Less by what could not be had, and by one block more, for others.
-            less = residency.device_bytes - self._home_bytes(residency) + had - self._largest()
+            wanted = home_bytes(residency, self._images())
+            less = residency.device_bytes - wanted + had - self._largest()
             self._short = True
             logger.warning("the device has too little memory for %s", residency.sentence)
             self._take_what_is_there(self._choose_within(less), exactly)
-
-    def _home_bytes(self, residency: Residency) -> int:
-        wanted = self._wanted(residency).values()
-        return sum(allocated(image.ALIGNMENT + each.nbytes) for each in wanted)
 
     def _largest(self) -> int:
         return max(binding.layout.nbytes for binding in self.bindings)
@@ -767,44 +598,37 @@ class Offloader(hooks.Attached):
 
     def stats(self) -> Stats:
         """Counts since `wrap` or the last `reset_stats()`, and what is held now."""
-        counted = self._prefetcher.stats()
-        counts = {name: self._past[name] + getattr(counted, name) for name in _COUNTS}
         self._step_time.tell()
-        ring = self._prefetcher.ring_bytes
+        ring = self.engine.prefetcher.ring_bytes
         in_tier = dict.fromkeys((PINNED, PAGEABLE, DISK), 0)
         for binding in self.bindings:
             in_tier[binding.tier] += binding.image.nbytes
         return Stats(
             forwards=self._forwards,
-            **counts,
+            **self.engine.counts(),
             units=len(self.bindings),
-            slots=self.slots.count,
+            slots=self.memory.slots.count,
             host_bytes=in_tier[PINNED] + in_tier[PAGEABLE],
             disk_bytes=in_tier[DISK],
             plain_bytes=sum(binding.layout.nbytes for binding in self.bindings),
             unpacked_bytes=self.recently_read.nbytes,
             locked_bytes=in_tier[PINNED] + ring,
-            slot_bytes=self.slots.nbytes + self.ring.nbytes,
+            slot_bytes=self.memory.passing_bytes,
             ring_bytes=ring,
             predicted_step_seconds=self._step_time.predicted,
             measured_step_seconds=self._step_time.measured(),
             packed_units=sum(isinstance(binding.image, PackedImage) for binding in self.bindings),
-            staging_bytes=self.staging.nbytes,
-            resident_units=sum(not h.wanted.as_stored for h in self.homes.units.values()),
-            kept_packed_units=sum(h.wanted.as_stored for h in self.homes.units.values()),
-            resident_bytes=sum(home.place.nbytes for home in self.homes.units.values()),
+            staging_bytes=self.memory.staging.nbytes,
+            resident_units=sum(not h.wanted.as_stored for h in self.memory.homes.units.values()),
+            kept_packed_units=sum(h.wanted.as_stored for h in self.memory.homes.units.values()),
+            resident_bytes=sum(home.place.nbytes for home in self.memory.homes.units.values()),
             device_bytes=self.device_bytes,
         )
 
     @property
     def device_bytes(self) -> int:
         """Of all weights on the device, now, as the allocator counts them."""
-        passing = (self.slots, self.ring, self.staging)
-        return (
-            self.planner.others
-            + self.homes.nbytes
-            + sum(allocated(each.nbytes) for each in passing)
-        )
+        return self.planner.others + self.memory.nbytes
 
     def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:
         """What a denoising step should take; the second step from here on is measured."""
@@ -813,17 +637,16 @@ class Offloader(hooks.Attached):
     def reset_stats(self) -> None:
         """Sets the counts of `stats()` to 0."""
         self._forwards = 0
-        self._past = dict.fromkeys(_COUNTS, 0)
-        self._prefetcher.reset_stats()
+        self.engine.reset_counts()
 
     def recent_events(self) -> str:
         """The engine's last events, a line each, newest last."""
-        return self._prefetcher.recent_events()
+        return self.engine.prefetcher.recent_events()
 
     @property
     def copy_stream(self) -> int:
         """The stream of the copies: on CUDA for `torch.cuda.ExternalStream`. For tests, traces."""
-        return self._prefetcher.copy_stream
+        return self.engine.prefetcher.copy_stream
 
     def poison_slots(self, value: int | None = 0xFF) -> None:
         """Debug: from here on each slot is overwritten with this byte (0xFF: NaN) before a fill.
@@ -831,17 +654,7 @@ class Offloader(hooks.Attached):
         A kernel that reads a slot too late, or a copy that comes too early, then shows in the
         output. Costs device bandwidth, no synchronization. None turns it off.
         """
-        self._poison = value
-        self._prefetcher.set_poison(value)
-
-    def slot_fingerprint(self, index: int, slot: int, nbytes: int) -> int:
-        """The fingerprint of a block's bytes in its slot or home. Waits for the device."""
-        window = self.place(index, slot).window(nbytes)
-        if self.device.type != "cuda":
-            return fingerprint(window.data_ptr(), nbytes)
-        from wanoffload.kernels.fingerprint import fingerprint as device_fingerprint
-
-        return device_fingerprint(window)
+        self.engine.set_poison(value)
 
     # The end.
 

@@ -18,6 +18,7 @@ from wanoffload._C import Backend, HostImage, HostStore
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget, BudgetLike
 from wanoffload.device_memory import SlotMemory, as_allocated
+from wanoffload.engine import backend_for
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import AUTO, DISK, HostChoice, HostPlan, assign
@@ -27,7 +28,7 @@ from wanoffload.pack_choice import AUTO_PACK, Pack, Packable, check_pack, choose
 from wanoffload.packing import estimated_bytes, packs, stored_image
 from wanoffload.placing import Placing
 from wanoffload.residency_planner import ResidencyPlanner
-from wanoffload.runtime import Offloader, backend_for
+from wanoffload.runtime import Offloader
 from wanoffload.shared_arena import SharedArena, check_name
 from wanoffload.sharing import joined
 from wanoffload.together import wholes
@@ -517,7 +518,7 @@ class _Wrapping:
         try:
             self.weights.prepare(self.units, self.layouts, self.placing.plan)
             self.runtime = self._make_runtime()
-            self.placing.prepare(self.device, self.runtime.slots)
+            self.placing.prepare(self.device, self.runtime.memory.slots)
             self._place_others(self.runtime)
             self._write_units(self.runtime)
             self._connect()
