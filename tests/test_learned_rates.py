@@ -77,7 +77,7 @@ def test_blocks_that_were_left_out_are_not_timed(ticks: list[float]) -> None:
 
 def test_rates_are_measured_once_from_the_models_own_bytes(device: str) -> None:
     model = wanoffload.wrap(KIND.make(), 1, device=device, vram_budget="6MiB", pack=True)
-    learned = wanoffload.offloader(model)._learned
+    learned = wanoffload.offloader(model)._rates.learned
     rates = learned.with_compute(0.5)
     assert rates.compute_s == 0.5
     assert rates.link_gb_per_s > 0
@@ -89,7 +89,7 @@ def test_rates_are_measured_once_from_the_models_own_bytes(device: str) -> None:
 def test_nothing_is_measured_where_nothing_depends_on_it(options: dict[str, Any]) -> None:
     given = {"vram_budget": "6MiB", "pack": True, **options}
     model = wanoffload.wrap(KIND.make(), 1, device="cpu", **given)
-    assert not wanoffload.offloader(model)._learned.known
+    assert not wanoffload.offloader(model)._rates.learned.known
 
 
 # What stays by them.

@@ -139,7 +139,7 @@ class Binding(hooks.Attached):
         not in own memory is brought there first.
         """
         self.take_ownership()
-        self.offloader.stays_plain(self)
+        self.offloader.written.forget(self)
         plain = [nn.Parameter(w.plain, w.requires_grad) for w in self.weights]
         for parameters, key, number in self._places:
             if plain and parameters.get(key) is self.weights[number]:
@@ -395,7 +395,7 @@ class Binding(hooks.Attached):
             elif self.index >= 0:
                 self.offloader.engine.invalidate(self.index)
             if self.view is not None and self.index >= 0:
-                self.offloader.was_written(self)
+                self.offloader.written.add(self)
 
     def let_addresses_go(self) -> None:
         """What was given out of the model's own parameters' addresses holds no longer."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wanoffload import hooks, units
-from wanoffload._C import Backend, HostImage, Image, PackedImage
+from wanoffload._C import Backend, Image, PackedImage
 from wanoffload.activations import Activations, TorchMemory, shapes
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget
@@ -23,70 +22,21 @@ from wanoffload.device_memory import SlotMemory
 from wanoffload.engine import Engine
 from wanoffload.engine_memory import EngineMemory, give_back_cached, home_bytes
 from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, WrapError
-from wanoffload.host_tensor import ordinary_tensors
+from wanoffload.forward_thread import ForwardThread
 from wanoffload.host_tiers import DISK, PAGEABLE, PINNED, HostPlan
-from wanoffload.learned_rates import BlockTimes, LearnedRates
-from wanoffload.recently_read import RecentlyRead
+from wanoffload.learned_rates import ForwardRates
+from wanoffload.recently_read import UNPACKED_UNITS, RecentlyRead
 from wanoffload.residency import Residency, allocated
 from wanoffload.residency_planner import ResidencyPlanner
+from wanoffload.stats import Stats
 from wanoffload.step_time import StepTime
 from wanoffload.together import Together
+from wanoffload.written_units import WrittenUnits
 
 logger = logging.getLogger(__name__)
 
-UNPACKED_UNITS = 2
-"""So many stand unpacked on the host, besides those that somebody holds, when packed weights are
-read; and so many more when they are written to."""
 WORTH_MOVING = 1.02
 """A plan is given up for another if forwards take this much longer under it."""
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an offloader did and holds. Counts since `wrap` or the last `reset_stats()`; bytes now.
-
-    `cold`: acquires that found nobody had fetched their block yet. `host_bytes`: of the images in
-    host memory; `disk_bytes`: of those in files; `plain_bytes`: of all, as they would be if none
-    was packed; `unpacked_bytes`: of host memory that packed weights take besides, because they
-    were read; `locked_bytes`: page-locked, images and ring;
-    `slot_bytes`: on the device, all slots, or the ring that parts of blocks pass through;
-    `ring_bytes`: of the pinned ring, 0 where every image is
-    page-locked; `staging_bytes`: on the device, where packed chunks are unpacked from, 0 where
-    nothing is packed. `slots`, `slot_bytes`, `ring_bytes` and `staging_bytes` are 0 while the
-    offloader is paused. `packed_units`: blocks whose images are packed; bytes of them are packed
-    bytes. `resident_units`: blocks that stay on the device, plain; `kept_packed_units`: those that
-    stay there packed and are unpacked for each use; `resident_bytes`: of both, on the device;
-    `device_bytes`: of all weights on the device, as the allocator counts them: what `vram_budget`
-    limits.
-    `predicted_step_seconds`: of a denoising step,
-    by the plan; `measured_step_seconds`: of the second step. None where nothing was predicted, or
-    the device has not got that far.
-    """
-
-    forwards: int
-    acquires: int
-    cold: int
-    fetches: int
-    bytes_fetched: int
-    invalidations: int
-    failures: int
-    units: int
-    slots: int
-    host_bytes: int
-    disk_bytes: int
-    plain_bytes: int
-    unpacked_bytes: int
-    locked_bytes: int
-    slot_bytes: int
-    ring_bytes: int
-    predicted_step_seconds: float | None = None
-    measured_step_seconds: float | None = None
-    packed_units: int = 0
-    staging_bytes: int = 0
-    resident_units: int = 0
-    kept_packed_units: int = 0
-    resident_bytes: int = 0
-    device_bytes: int = 0
 
 
 class Offloader(hooks.Attached):
@@ -120,20 +70,18 @@ class Offloader(hooks.Attached):
         self.together: list[Together] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
         self.moving_all = False
+        self.thread = ForwardThread()
         self.before_forward: Callable[[], None] | None = None
         """Called at the beginning of every forward of the model, before anything is brought."""
         self.recently_read = RecentlyRead(UNPACKED_UNITS * slots.slot_bytes)
-        self._written: dict[int, Binding] = {}  # not packed again yet, the latest last
+        self.written = WrittenUnits(UNPACKED_UNITS)
         self._budget = budget
         self._activations = self._watch(budget)
-        self._block_times = BlockTimes(device)
-        self._learned = LearnedRates(device, backend)
-        self._looked_at: Hashable = None  # these shapes
+        self._rates = ForwardRates(device, backend)
         self._short = False  # the device had less memory than the budget allows
         self._planned_for = 0  # bytes: the ceiling that the residency was chosen for
         self._forwards = 0
         self._step_time = StepTime(device)
-        self._owner: dict[str, int] = {}  # "thread": the one inside a forward, if any
         self._sequence: list[int] = []  # units as this forward called them
         self._order: list[int] = []  # the engine's
         self._closed = False
@@ -169,9 +117,10 @@ class Offloader(hooks.Attached):
 
     def _open_engine(self) -> None:
         """Over the memory that was taken."""
-        if self._depends_on_rates() and not self._learned.known:
-            self._measure_rates()
-        self.engine.open(self._images(), self._order, self.host_plan.ring_chunks)
+        images = self._images()
+        if self._depends_on_rates() and not self._rates.learned.known:
+            self._rates.measure(images, self.memory.slots.memory)
+        self.engine.open(images, self._order, self.host_plan.ring_chunks)
 
     # The steady path.
 
@@ -184,13 +133,13 @@ class Offloader(hooks.Attached):
     def acquire(self, index: int, stream: int) -> tuple[int, int]:
         self._sequence.append(index)
         acquired = self.engine.prefetcher.acquire(index, stream)
-        if self._block_times.timing:
-            self._block_times.come(index)
+        if self._rates.blocks.timing:
+            self._rates.blocks.come(index)
         return acquired
 
     def release(self, index: int, stream: int, generation: int) -> None:
-        if self._block_times.timing:
-            self._block_times.used(index)
+        if self._rates.blocks.timing:
+            self._rates.blocks.used(index)
         self.engine.prefetcher.release(index, stream, generation)
 
     @property
@@ -222,78 +171,30 @@ class Offloader(hooks.Attached):
         self.pause(keep_residents=True)
         self.planner = planner
 
-    # Packed units, between forwards.
-
-    def was_written(self, binding: Binding) -> None:
-        """A packed unit stands as it is now; so that few do, one that was written to before is
-        packed again, if nobody uses it."""
-        self._written.pop(id(binding), None)
-        self._written[id(binding)] = binding
-        for other in list(self._written.values())[:-UNPACKED_UNITS]:
-            with other.turn.if_free() as free:
-                if free and other.pack_again():
-                    self._written.pop(id(other), None)
-
-    def stays_plain(self, binding: Binding) -> None:
-        """The unit is not to be packed again."""
-        self._written.pop(id(binding), None)
-
-    def _settle_packed(self) -> None:
-        """What was written to is packed again, and what was read is dropped."""
-        for binding in list(self._written.values()):
-            binding.settle()
-            if binding.packed:
-                self._written.pop(id(binding), None)
-        if self.recently_read.nbytes:
-            for binding in self.bindings:
-                binding.let_addresses_go()
-            self.recently_read.drop_all()
-
     # Forwards.
 
     def in_forward(self) -> bool:
         """Whether the calling thread is inside a forward of this model."""
-        return self._owner.get("thread") == threading.get_ident()
-
-    def _enter_thread(self, what: str) -> bool:
-        """Makes this thread the one inside a forward; False if it was already."""
-        me = threading.get_ident()
-        if self._owner.get("thread") == me:
-            return False
-        if self._owner.setdefault("thread", me) != me:
-            raise ConcurrentForwardError(
-                f"{what} was called by a second thread while a forward of the same model is "
-                "running. Weights in slots belong to one forward at a time: take turns, or wrap a "
-                "copy for each thread."
-            )
-        return True
+        return self.thread.is_this()
 
     def begin_block(self, name: str) -> bool:
         """True if the block was called by itself, without the model's forward."""
-        if not self._enter_thread(name):
+        if not self.thread.enter(name):
             return False
         try:
             self.resume()
         except BaseException:
-            self._leave_thread()
+            self.thread.leave()
             raise
         return True
 
     def end_block(self) -> None:
         self._sequence.clear()
-        self._leave_thread()
-
-    def _leave_thread(self) -> None:
-        if self.in_forward():
-            self._owner.pop("thread", None)
+        self.thread.leave()
 
     def refuse_other_thread(self, what: str) -> None:
         """Raises ConcurrentForwardError while another thread is inside a forward."""
-        if self._owner and not self.in_forward():
-            raise ConcurrentForwardError(
-                f"{what} while another thread runs a forward of the model, whose weights stand in "
-                "the slots in part; wait until the forward has ended"
-            )
+        self.thread.refuse_others(what)
 
     def begin_forward(self, model: nn.Module, inputs: Any) -> None:
         if (hook := units.foreign_hook(model)) is not None:
@@ -302,7 +203,7 @@ class Offloader(hooks.Attached):
                 "wanoffload.unwrap() before offloading the model in another way."
             )
         # False here means that an earlier forward of this thread ended without its ending.
-        self._enter_thread("the model")
+        self.thread.enter("the model")
         if os.getpid() != self._process:
             raise WrapError(
                 "this model was wrapped before the process was forked; streams and page locks "
@@ -312,7 +213,8 @@ class Offloader(hooks.Attached):
             raise WrapError("a wrapped model can't be traced: call wanoffload.unwrap() first")
         if self.before_forward is not None:
             self.before_forward()
-        self._settle_packed()
+        self.written.settle()
+        self._drop_read()
         if self._activations is not None:
             self._leave_room(self._activations, inputs)
         if self._depends_on_rates():
@@ -323,6 +225,13 @@ class Offloader(hooks.Attached):
         self._step_time.begin_forward()
         if self._activations is not None:
             self._activations.begin()
+
+    def _drop_read(self) -> None:
+        """What of packed units was read stands unpacked no longer."""
+        if self.recently_read.nbytes:
+            for binding in self.bindings:
+                binding.let_addresses_go()
+            self.recently_read.drop_all()
 
     def _leave_room(self, activations: Activations, inputs: Any) -> None:
         """The weights' ceiling is what the activations of these inputs leave."""
@@ -349,41 +258,27 @@ class Offloader(hooks.Attached):
         """Once it is known how long a forward of these inputs computes, and it comes again, blocks
         stay on the device as is quickest for it."""
         key, _ = shapes(inputs)
-        self._block_times.begin_forward(key)
-        seconds = self._block_times.seconds(key)
-        ready = (
-            self._learned.known and not self.paused and not self._short and self._block_times.again
-        )
-        if not ready or key == self._looked_at or not seconds:
+        self._rates.begin_forward(key)
+        if self.paused or self._short:
             return
-        self._looked_at = key
-        plain = [binding.layout.nbytes for binding in self.bindings]
-        # Unpacking makes some blocks take longer; it is counted apart.
-        compute = min(time / max(plain[unit], 1) for unit, time in seconds.items()) * sum(plain)
-        self.planner = replace(self.planner, rates=self._learned.with_compute(compute))
+        rates = self._rates.news([binding.layout.nbytes for binding in self.bindings])
+        if rates is None:
+            return
+        self.planner = replace(self.planner, rates=rates)
         now = self.planner.seconds(self.bindings, self.residency)
         best = self.planner.seconds(self.bindings, self._choose_within(self._budget.nbytes))
         logger.debug(
-            "a forward computes %.4f s; %.4f s as planned, %.4f at best", compute, now, best
+            "a forward computes %.4f s; %.4f s as planned, %.4f at best", rates.compute_s, now, best
         )
         if now > best * WORTH_MOVING:
             self._recover()
             self._pause(keep_homes=True)
 
-    def _measure_rates(self) -> None:
-        """Over slots that no engine uses yet."""
-        locked = [binding.stored for binding in self.bindings if binding.tier == PINNED]
-        images = [image for image in locked if isinstance(image, HostImage)]
-        image = max(images, key=lambda image: image.nbytes, default=None)
-        if image is not None and self.memory.slots.nbytes:
-            with ordinary_tensors():
-                self._learned.measure(image, self.memory.slots.memory)
-
     def end_forward(self, completed: bool) -> None:
         if not self.in_forward():
             return  # it never began
         try:
-            self._block_times.end_forward(completed)
+            self._rates.blocks.end_forward(completed)
             self._recover()
             self._step_time.end_forward(completed)
             if self._activations is not None:
@@ -392,7 +287,7 @@ class Offloader(hooks.Attached):
                 self._forwards += 1
                 self._learn_order()
         finally:
-            self._leave_thread()
+            self.thread.leave()
 
     def _look_at_activations(self, activations: Activations, completed: bool) -> None:
         if isinstance(sys.exc_info()[1], torch.OutOfMemoryError):
@@ -465,18 +360,13 @@ class Offloader(hooks.Attached):
         Ends prefetching, and waits on the host for the copies in flight and for what the device
         still reads from the slots. The weights stay page-locked, true and writable. The next
         forward takes new slots (and staging memory) by itself, and finds its first block cold.
-        Raises
-        ConcurrentForwardError during a forward, TransferTimeout if a copy stalls (it can then be
-        called again). Does nothing once closed.
+        Raises ConcurrentForwardError during a forward, TransferTimeout if a copy stalls (it can
+        then be called again). Does nothing once closed.
         """
         if self._closed:
             return
-        if not self._enter_thread("pause()"):
-            raise ConcurrentForwardError("a forward of this model is running: pause it afterwards")
-        try:
+        with self.thread.between_forwards("pause()", "pause it afterwards"):
             self._pause(keep_homes=keep_residents)
-        finally:
-            self._leave_thread()
 
     def _pause(self, keep_homes: bool = False) -> None:
         self._step_time.restart()
@@ -501,18 +391,15 @@ class Offloader(hooks.Attached):
             )
         budget = Budget.of(vram_budget, self.device, self.device_bytes)
         self._choose(budget.nbytes)
-        if not self._enter_thread("set_budget()"):
-            raise ConcurrentForwardError("a forward of this model is running: set it afterwards")
-        before, self._budget = self._budget, budget
-        try:
-            self._rebuild()
-            self._activations = self._watch(budget)
-            logger.info("%s", self.residency.sentence)
-        except BaseException:
-            self._budget = before
-            raise
-        finally:
-            self._leave_thread()
+        with self.thread.between_forwards("set_budget()", "set it afterwards"):
+            before, self._budget = self._budget, budget
+            try:
+                self._rebuild()
+                self._activations = self._watch(budget)
+                logger.info("%s", self.residency.sentence)
+            except BaseException:
+                self._budget = before
+                raise
 
     def _rebuild(self) -> None:
         """Another engine, with what the budget says now; a paused one is made when it is used."""
@@ -670,7 +557,7 @@ class Offloader(hooks.Attached):
         """
         if self._closed:
             return
-        if self._owner:
+        if self.thread.is_any():
             raise ConcurrentForwardError("a forward of this model is running: close it afterwards")
         self._let_slots_go()
         self._closed = True
