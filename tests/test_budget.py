@@ -36,7 +36,8 @@ def units_of(runtime: Offloader) -> list[UnitBytes]:
 def budget_for(name: str, resident: int, packed: bool = False, prefetch: int = 1) -> int:
     """The least, and room for so many blocks more. Each takes 2 MiB as the allocator counts."""
     runtime = wanoffload.offloader(wrapped(name, pack=packed, prefetch=prefetch))
-    others = runtime.device_bytes - runtime.residency.device_bytes + runtime.planner.others
+    unplanned = runtime.device_bytes - runtime.residency.device_bytes
+    others = unplanned + runtime.streaming.planner.others
     need = least(units_of(runtime), others=others, prefetch=prefetch)
     return need + resident * allocated(ALIGN_BYTES + runtime.bindings[0].layout.nbytes)
 

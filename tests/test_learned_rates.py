@@ -166,7 +166,7 @@ def test_a_plan_stays_where_another_would_gain_nothing(told: dict[str, Rates]) -
 def test_a_model_that_found_too_little_memory_does_not_ask_for_more(told: dict[str, Rates]) -> None:
     told["now"] = SLOW_COMPUTE
     model, runtime = streamed(4)
-    runtime._short = True
+    runtime.streaming.short = True
     before = runtime.residency
     run_model(model, 4)
     assert runtime.residency == before

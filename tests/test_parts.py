@@ -357,10 +357,10 @@ def test_the_order_is_learned_and_places_follow_it(
         assert offloader.stats().acquires == 12
         if number > 1:
             assert offloader.stats().cold == 0
-    names = [offloader.bindings[n].name for n in offloader._order]
+    names = [offloader.bindings[n].name for n in offloader.streaming.order]
     assert names == called
     places = offloader.residency.places
-    assert list(places) == [n for n in offloader._order if n in places]
+    assert list(places) == [n for n in offloader.streaming.order if n in places]
     row = list(places.values())
     ahead = prefetch or 1
     for number, place in enumerate(row):
@@ -374,7 +374,7 @@ def test_the_order_of_qwen_is_learned() -> None:
     check(model, "qwen_image", forwards=1)
     assert offloader.stats().cold > 0
     check(model, "qwen_image", forwards=1)
-    assert list(offloader.residency.places) == offloader._order != registered
+    assert list(offloader.residency.places) == offloader.streaming.order != registered
     offloader.reset_stats()
     check(model, "qwen_image")
     assert offloader.stats().cold == 0
@@ -384,12 +384,12 @@ def test_the_learned_order_survives_pauses_and_budgets() -> None:
     model, twin, x = of_rows("cpu")
     offloader = wanoffload.offloader(model)
     model(x)
-    order = list(offloader._order)
+    order = list(offloader.streaming.order)
     offloader.pause()
     assert torch.equal(model(x), twin(x))
     offloader.set_budget(offloader.device_bytes + 6 * MIB)
     assert torch.equal(model(x), twin(x))
-    assert offloader._order == order
+    assert offloader.streaming.order == order
     assert list(offloader.residency.places) == [
         n for n in order if n not in offloader.residency.resident
     ]
@@ -454,7 +454,8 @@ def test_a_paused_model_holds_no_ring_and_the_next_forward_is_right(device: str)
         offloader.pause(keep_residents=keep)
         stats = offloader.stats()
         assert (stats.slot_bytes, stats.resident_units > 0) == (0, keep)
-        assert offloader.device_bytes == offloader.planner.others + offloader.memory.homes.nbytes
+        others = offloader.streaming.planner.others
+        assert offloader.device_bytes == others + offloader.memory.homes.nbytes
         values = KIND.make().state_dict()
         assert all(torch.equal(v.cpu(), values[k]) for k, v in model.state_dict().items())
     check(model)
@@ -748,7 +749,7 @@ def test_automatic_granularity_takes_blocks_where_they_fit_and_parts_where_they_
     device: str,
 ) -> None:
     parts, blocks = (large_rows("cpu", granularity=each) for each in ("part", "block"))
-    others = wanoffload.offloader(blocks).planner.others
+    others = wanoffload.offloader(blocks).streaming.planner.others
     two_slots = others + allocated(256 + 2 * wanoffload.offloader(blocks).memory.slots.slot_bytes)
     x = torch.linspace(-1, 1, 1024, device=device).view(2, 512)
     for budget, chosen in (
@@ -882,7 +883,8 @@ def test_what_the_device_holds_is_counted_to_the_byte(device: str) -> None:
         memories = [offloader.memory.ring, offloader.memory.staging]
         memories += [home.place for home in offloader.memory.homes.units.values()]
         taken = sum(allocated(memory.memory.nbytes) for memory in memories)
-        assert offloader.device_bytes == stats.device_bytes == offloader.planner.others + taken
+        expected = offloader.streaming.planner.others + taken
+        assert offloader.device_bytes == stats.device_bytes == expected
         assert stats.slot_bytes == offloader.memory.ring.memory.nbytes
 
 
@@ -909,7 +911,7 @@ def test_device_bytes_are_what_torch_allocates(share: float | None) -> None:
     small = 2 * MIB  # one segment for all that is small, and it may have been there
     torch.cuda.empty_cache()
     taken = torch.cuda.memory_reserved() - before
-    large = offloader.device_bytes - offloader.planner.others
+    large = offloader.device_bytes - offloader.streaming.planner.others
     assert large <= taken <= large + small
     offloader.pause()
     torch.cuda.empty_cache()

@@ -172,7 +172,7 @@ def test_a_single_part_can_be_compiled(device: str) -> None:
             wrap(model, device)
         check(model)
         assert backend.frame_count == 1
-        assert wanoffload.offloader(model).planner.compiled is False
+        assert wanoffload.offloader(model).streaming.planner.compiled is False
         wanoffload.unwrap(model, device)
         assert torch.equal(forward(model, KIND.inputs(device)), resident("wan22_5b", device))
         assert traces(model) == []

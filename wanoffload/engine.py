@@ -31,11 +31,11 @@ class Engine:
     """
 
     def __init__(self, device: torch.device, backend: Backend, memory: EngineMemory) -> None:
+        self.device = device
         self.backend = backend
         self.memory = memory
         self.prefetcher: Prefetcher  # made by open()
         self.running = False
-        self._device = device
         self._closed = True  # which may take longer than that it runs
         self._keeps: list[Tensor] = []
         self._poison: int | None = None
@@ -98,7 +98,7 @@ class Engine:
         if isinstance(self.backend, CudaBackend) and not self._can_unpack:
             from wanoffload.kernels.unpack import compile_unpack
 
-            kernel = compile_unpack(self._device)
+            kernel = compile_unpack(self.device)
             self.backend.load_unpack_kernel(
                 kernel.cubin, kernel.name, kernel.threads, kernel.shared_bytes
             )

@@ -1,4 +1,4 @@
-"""What happens while a wrapped model lives: its `Offloader`, and the slots it holds."""
+"""What happens while a wrapped model lives: its `Offloader`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wanoffload.binding import Binding
 from wanoffload.budget import Budget
 from wanoffload.device_memory import SlotMemory
 from wanoffload.engine import Engine
-from wanoffload.engine_memory import EngineMemory, give_back_cached, home_bytes
+from wanoffload.engine_memory import EngineMemory
 from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, WrapError
 from wanoffload.forward_thread import ForwardThread
 from wanoffload.host_tiers import DISK, PAGEABLE, PINNED, HostPlan
@@ -30,13 +30,11 @@ from wanoffload.residency import Residency, allocated
 from wanoffload.residency_planner import ResidencyPlanner
 from wanoffload.stats import Stats
 from wanoffload.step_time import StepTime
+from wanoffload.streaming import Streaming
 from wanoffload.together import Together
 from wanoffload.written_units import WrittenUnits
 
 logger = logging.getLogger(__name__)
-
-WORTH_MOVING = 1.02
-"""A plan is given up for another if forwards take this much longer under it."""
 
 
 class Offloader(hooks.Attached):
@@ -63,9 +61,10 @@ class Offloader(hooks.Attached):
         self.verify = verify
         self.host_plan = host_plan
         self.pack = 0.0
-        self.planner = planner
+        self._rates = ForwardRates(device, backend)
         self.memory = EngineMemory(device, slots)
         self.engine = Engine(device, backend, self.memory)
+        self.streaming = Streaming(self.engine, planner, self._rates)
         self.bindings: list[Binding] = []
         self.together: list[Together] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
@@ -77,50 +76,20 @@ class Offloader(hooks.Attached):
         self.written = WrittenUnits(UNPACKED_UNITS)
         self._budget = budget
         self._activations = self._watch(budget)
-        self._rates = ForwardRates(device, backend)
-        self._short = False  # the device had less memory than the budget allows
-        self._planned_for = 0  # bytes: the ceiling that the residency was chosen for
         self._forwards = 0
         self._step_time = StepTime(device)
         self._sequence: list[int] = []  # units as this forward called them
-        self._order: list[int] = []  # the engine's
         self._closed = False
         self._process = os.getpid()
 
     def connect(self, bindings: list[Binding]) -> None:
         """Makes the engine and hands it the images of all blocks, in the order of their use."""
         self.bindings = bindings
-        self._order = list(range(len(bindings)))
         for number, binding in enumerate(bindings):
             binding.index = number
-        self.engine.take_memory(self._choose(self._budget.nbytes), self._images())
-        self._open_engine()
+        self.streaming.connect(bindings, self.host_plan.ring_chunks, self._budget.nbytes)
         if self._budget.nbytes is not None:
             logger.info("%s", self.residency.sentence)
-
-    # What stays on the device.
-
-    def _watch(self, budget: Budget) -> Activations | None:
-        """Who finds out what an automatic budget is."""
-        return Activations(TorchMemory(self.device)) if budget.auto else None
-
-    def _choose(self, nbytes: int | None) -> Residency:
-        """What stays on the device under this ceiling. Raises WrapError if it is too small."""
-        return self.planner.choose(self.bindings, nbytes, self._order)
-
-    def _choose_within(self, nbytes: int | None) -> Residency:
-        """The same; where the ceiling is too small, nothing stays."""
-        return self.planner.choose_within(self.bindings, nbytes, self._order)
-
-    def _images(self) -> list[Image]:
-        return [binding.image for binding in self.bindings]
-
-    def _open_engine(self) -> None:
-        """Over the memory that was taken."""
-        images = self._images()
-        if self._depends_on_rates() and not self._rates.learned.known:
-            self._rates.measure(images, self.memory.slots.memory)
-        self.engine.open(images, self._order, self.host_plan.ring_chunks)
 
     # The steady path.
 
@@ -163,13 +132,13 @@ class Offloader(hooks.Attached):
         """From here on all parts of a block are used at once: one is being compiled. The next
         forward has room for that. Raises WrapError, and nothing has changed, if the budget is too
         small; ConcurrentForwardError during a forward."""
-        if self.planner.compiled or self._closed:
+        if self.streaming.planner.compiled or self._closed:
             return
-        planner = replace(self.planner, compiled=True)
+        planner = replace(self.streaming.planner, compiled=True)
         if not self._budget.auto:
-            planner.choose(self.bindings, self._budget.nbytes, self._order)
+            planner.choose(self.bindings, self._budget.nbytes, self.streaming.order)
         self.pause(keep_residents=True)
-        self.planner = planner
+        self.streaming.planner = planner
 
     # Forwards.
 
@@ -217,7 +186,7 @@ class Offloader(hooks.Attached):
         self._drop_read()
         if self._activations is not None:
             self._leave_room(self._activations, inputs)
-        if self._depends_on_rates():
+        if self.streaming.depends_on_rates(self._budget.nbytes):
             self._look_at_rates(inputs)
         self.resume()
         self._recover()
@@ -241,36 +210,25 @@ class Offloader(hooks.Attached):
             return
         too_much = self.memory.homes.nbytes > 0 and (room is None or room < self.device_bytes)
         # What a plan leaves unused, or could not have, is no reason for another.
-        used = max(self.device_bytes, self._planned_for)
-        enough = room is not None and room >= used + allocated(self._largest())
+        used = max(self.device_bytes, self.streaming.made_for)
+        enough = room is not None and room >= used + allocated(self.streaming.largest)
         more = enough and activations.again and len(self.residency.resident) < len(self.bindings)
         if too_much or more:
             self._recover()
             self._pause(keep_homes=True)
             if too_much:
-                self.memory.keep_for(self._choose_within(room), self._images())
+                self.streaming.keep_homes_of(self.streaming.choose_within(room))
                 activations.tidy()
-
-    def _depends_on_rates(self) -> bool:
-        return self.planner.depends_on_rates(self.bindings, self._budget.nbytes)
 
     def _look_at_rates(self, inputs: Any) -> None:
         """Once it is known how long a forward of these inputs computes, and it comes again, blocks
         stay on the device as is quickest for it."""
         key, _ = shapes(inputs)
         self._rates.begin_forward(key)
-        if self.paused or self._short:
+        if self.paused or self.streaming.short:
             return
         rates = self._rates.news([binding.layout.nbytes for binding in self.bindings])
-        if rates is None:
-            return
-        self.planner = replace(self.planner, rates=rates)
-        now = self.planner.seconds(self.bindings, self.residency)
-        best = self.planner.seconds(self.bindings, self._choose_within(self._budget.nbytes))
-        logger.debug(
-            "a forward computes %.4f s; %.4f s as planned, %.4f at best", rates.compute_s, now, best
-        )
-        if now > best * WORTH_MOVING:
+        if rates is not None and self.streaming.learn(rates, self._budget.nbytes):
             self._recover()
             self._pause(keep_homes=True)
 
@@ -291,7 +249,7 @@ class Offloader(hooks.Attached):
 
     def _look_at_activations(self, activations: Activations, completed: bool) -> None:
         if isinstance(sys.exc_info()[1], torch.OutOfMemoryError):
-            activations.ran_out(allocated(self._largest()))
+            activations.ran_out(allocated(self.streaming.largest))
         activations.end(completed)
 
     def forget_forward(self) -> None:
@@ -311,14 +269,14 @@ class Offloader(hooks.Attached):
 
     def _learn_order(self) -> None:
         """Takes over the order in which a whole forward called the blocks, if it was another."""
-        if self._sequence == self._order:
+        if self._sequence == self.streaming.order:
             return
-        if sorted(self._sequence) == sorted(self._order):
+        if sorted(self._sequence) == sorted(self.streaming.order):
             logger.debug("blocks are called in the order %s", self._sequence)
-            self._order = list(self._sequence)
+            self.streaming.order = list(self._sequence)
             if self.residency.places:  # these follow the order
                 return self._pause(keep_homes=True)
-            self.engine.prefetcher.set_order(self._order)
+            self.engine.prefetcher.set_order(self.streaming.order)
             self.engine.prefetcher.prefetch()
 
     def start(self) -> None:
@@ -335,7 +293,7 @@ class Offloader(hooks.Attached):
     @property
     def residency(self) -> Residency:
         """What stays on the device, and how the rest streams."""
-        return self.memory.residency
+        return self.streaming.residency
 
     @property
     def budget(self) -> Budget:
@@ -345,12 +303,12 @@ class Offloader(hooks.Attached):
     @property
     def prefetch(self) -> int | None:
         """Blocks that are fetched ahead, as asked for; None: as the budget's plan has it."""
-        return self.planner.prefetch
+        return self.streaming.planner.prefetch
 
     @property
     def granularity(self) -> str:
         """What is fetched at once: "block" or "part"."""
-        return self.planner.granularity
+        return self.streaming.planner.granularity
 
     def pause(self, keep_residents: bool = False) -> None:
         """Gives the device's memory and the pinned ring back until the next forward. Idempotent.
@@ -370,12 +328,12 @@ class Offloader(hooks.Attached):
 
     def _pause(self, keep_homes: bool = False) -> None:
         self._step_time.restart()
-        self._let_slots_go(keep_homes)
+        self.streaming.let_go(keep_homes)
 
     def set_prefetch(self, prefetch: int | None) -> None:
         """Another number of blocks ahead, and of slots, from the next forward on. Pauses."""
         self.pause()
-        self.planner = replace(self.planner, prefetch=prefetch)
+        self.streaming.planner = replace(self.streaming.planner, prefetch=prefetch)
 
     def set_budget(self, vram_budget: int | str | float | None) -> None:
         """Another ceiling for what the weights take on the device; as of `wrap`.
@@ -390,7 +348,7 @@ class Offloader(hooks.Attached):
                 "this model's offloader is closed: unwrap the model and wrap it again"
             )
         budget = Budget.of(vram_budget, self.device, self.device_bytes)
-        self._choose(budget.nbytes)
+        self.streaming.choose(budget.nbytes)
         with self.thread.between_forwards("set_budget()", "set it afterwards"):
             before, self._budget = self._budget, budget
             try:
@@ -404,15 +362,10 @@ class Offloader(hooks.Attached):
     def _rebuild(self) -> None:
         """Another engine, with what the budget says now; a paused one is made when it is used."""
         if self.paused:
-            self.memory.keep_for(self._choose(self._budget.nbytes), self._images())
+            self.streaming.keep_homes_of(self.streaming.choose(self._budget.nbytes))
             return
         self._pause(keep_homes=True)
         self.resume(exactly=True)
-
-    def _let_slots_go(self, keep_homes: bool = False) -> None:
-        self.engine.close(keep_homes)
-        for binding in self.bindings:
-            binding.forget_views()
 
     def resume(self, exactly: bool = False) -> None:
         """New slots and a new engine, with the same units in the same order, if it was paused.
@@ -423,32 +376,14 @@ class Offloader(hooks.Attached):
         """
         if not self.paused:
             return
-        self._let_slots_go(keep_homes=True)  # what a pause that stalled left
-        self._planned_for = self._budget.nbytes or 0
-        self._short = False
-        choose = self._choose_within if self._budget.auto else self._choose
-        self._take_what_is_there(choose(self._budget.nbytes), exactly)
-        self._open_engine()
+        ceiling, streaming = self._budget.nbytes, self.streaming
+        choose = streaming.choose_within if self._budget.auto else streaming.choose
+        streaming.make(choose(ceiling), ceiling, exactly)
         self.engine.prefetcher.prefetch()
 
-    def _take_what_is_there(self, residency: Residency, exactly: bool) -> None:
-        try:
-            self.engine.take_memory(residency, self._images())
-        except torch.OutOfMemoryError:
-            had = self.memory.homes.nbytes
-            self._let_slots_go()
-            give_back_cached(self.device)
-            if exactly or not had:
-                raise
-            # Less by what could not be had, and by one block more, for others.
-            wanted = home_bytes(residency, self._images())
-            less = residency.device_bytes - wanted + had - self._largest()
-            self._short = True
-            logger.warning("the device has too little memory for %s", residency.sentence)
-            self._take_what_is_there(self._choose_within(less), exactly)
-
-    def _largest(self) -> int:
-        return max(binding.layout.nbytes for binding in self.bindings)
+    def _watch(self, budget: Budget) -> Activations | None:
+        """Who finds out what an automatic budget is."""
+        return Activations(TorchMemory(self.device)) if budget.auto else None
 
     # Moving the model.
 
@@ -515,7 +450,7 @@ class Offloader(hooks.Attached):
     @property
     def device_bytes(self) -> int:
         """Of all weights on the device, now, as the allocator counts them."""
-        return self.planner.others + self.memory.nbytes
+        return self.streaming.device_bytes
 
     def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:
         """What a denoising step should take; the second step from here on is measured."""
@@ -559,7 +494,7 @@ class Offloader(hooks.Attached):
             return
         if self.thread.is_any():
             raise ConcurrentForwardError("a forward of this model is running: close it afterwards")
-        self._let_slots_go()
+        self.streaming.let_go(keep_homes=False)
         self._closed = True
         for binding in self.bindings:
             binding.close()
