@@ -223,4 +223,5 @@ def ring_budget(model: Any, together: bool) -> int:
     offloader = wanoffload.offloader(model)
     sizes = [binding.layout.nbytes for binding in offloader.bindings[:3]]
     ring = allocated(256 + (sum(sizes) if together else max(sizes)))
-    return offloader._others + ring + 2 * MIB * together  # and what the ends of places cost
+    ends = 2 * MIB * together  # what those of places cost
+    return offloader.streaming.planner.others + ring + ends

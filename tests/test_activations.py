@@ -13,6 +13,7 @@ import wanoffload
 from tests.small_models import MODELS, forward
 from wanoffload import Offloader, runtime
 from wanoffload.activations import MARGIN, RESERVE_BYTES, Activations
+from wanoffload.residency_planner import ResidencyPlanner
 
 KIND = MODELS["wan22_5b"]
 GIB = 1 << 30
@@ -245,9 +246,9 @@ def test_room_that_the_plan_has_no_use_for_makes_no_new_engine(
 ) -> None:
     model, offloader = wrapped()
     streaming = offloader.residency
-    monkeypatch.setattr(Offloader, "_choose", lambda *_: streaming)
+    monkeypatch.setattr(ResidencyPlanner, "choose", lambda *_: streaming)
     engines = []
     for _ in range(5):
         run_model(model, card)
-        engines.append(offloader._prefetcher)
+        engines.append(offloader.engine.prefetcher)
     assert len(set(map(id, engines[1:]))) == 1

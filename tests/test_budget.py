@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from wanoffload import ClosedError, ConcurrentForwardError, Offloader, WrapError
 from wanoffload.budget import Budget
 from wanoffload.device_memory import SlotMemory
 from wanoffload.residency import ALIGN_BYTES, UnitBytes, allocated, least
+from wanoffload.residency_planner import ResidencyPlanner
 
 KIND = MODELS["wan22_5b"]
 MIB = 1 << 20
@@ -34,7 +36,8 @@ def units_of(runtime: Offloader) -> list[UnitBytes]:
 def budget_for(name: str, resident: int, packed: bool = False, prefetch: int = 1) -> int:
     """The least, and room for so many blocks more. Each takes 2 MiB as the allocator counts."""
     runtime = wanoffload.offloader(wrapped(name, pack=packed, prefetch=prefetch))
-    others = runtime.device_bytes - runtime.residency.device_bytes + runtime._others
+    unplanned = runtime.device_bytes - runtime.residency.device_bytes
+    others = unplanned + runtime.streaming.planner.others
     need = least(units_of(runtime), others=others, prefetch=prefetch)
     return need + resident * allocated(ALIGN_BYTES + runtime.bindings[0].layout.nbytes)
 
@@ -84,14 +87,15 @@ def test_what_stays_comes_over_the_link_once() -> None:
     assert stats.resident_bytes >= stats.plain_bytes
 
 
-def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once() -> None:
+def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = wrapped("wan22_5b", pack=True)
     runtime = wanoffload.offloader(model)
     total = len(runtime.bindings)
     # Room for all of them packed: small blocks take as much plain, so plain ones are refused here.
-    plan = runtime.residency
-    keep = frozenset(range(total))
-    runtime._choose = lambda _: _with(plan, keep, runtime)  # type: ignore[method-assign]
+    kept = replace(runtime.residency, kept_packed=frozenset(range(total)), resident=frozenset())
+    monkeypatch.setattr(ResidencyPlanner, "choose", lambda *_: kept)
     before = runtime.stats()
     runtime._rebuild()
     check_outputs(model, 3)
@@ -100,12 +104,6 @@ def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once() -> None:
     assert after.bytes_fetched - before.bytes_fetched == after.host_bytes
     assert after.fetches - before.fetches >= 3 * total  # into slots, from the device
     assert after.staging_bytes == 0
-
-
-def _with(plan: Any, keep: frozenset[int], runtime: Offloader) -> Any:
-    from dataclasses import replace
-
-    return replace(plan, kept_packed=keep, resident=frozenset())
 
 
 def check_outputs(model: nn.Module, forwards: int) -> None:
@@ -155,14 +153,16 @@ def test_another_budget_moves_only_the_difference(pack: bool, device: str) -> No
     runtime = wanoffload.offloader(model)
     check_outputs(model, 2)
     for budget in (budgets[1], budgets[2], budgets[1], budgets[2], budgets[0]):
-        had = dict(runtime.homes.units)
+        had = dict(runtime.memory.homes.units)
         runtime.set_budget(budget)
-        kept = {n: home for n, home in runtime.homes.units.items() if had.get(n) is home}
-        new = runtime.homes.units.keys() - kept.keys()
-        assert kept.keys() == {n for n in had if n in runtime.homes.units}
+        kept = {n: home for n, home in runtime.memory.homes.units.items() if had.get(n) is home}
+        new = runtime.memory.homes.units.keys() - kept.keys()
+        assert kept.keys() == {n for n in had if n in runtime.memory.homes.units}
         before = runtime.stats().bytes_fetched
         check_outputs(model, 1)
-        streamed = [b for n, b in enumerate(runtime.bindings) if n not in runtime.homes.units]
+        streamed = [
+            b for n, b in enumerate(runtime.bindings) if n not in runtime.memory.homes.units
+        ]
         ahead = sum(b.image.nbytes for b in streamed[: runtime.residency.slots])
         fetched = runtime.stats().bytes_fetched - before
         bringing = sum(runtime.bindings[n].image.nbytes for n in new)
@@ -197,10 +197,10 @@ def test_a_refused_budget_changes_nothing() -> None:
     model = wrapped(vram_budget=budget_for("wan22_5b", 1))
     runtime = wanoffload.offloader(model)
     check(model)
-    homes, budget = dict(runtime.homes.units), runtime.budget
+    homes, budget = dict(runtime.memory.homes.units), runtime.budget
     with pytest.raises(WrapError, match="vram_budget"):
         runtime.set_budget(1000)
-    assert (runtime.homes.units, runtime.budget, runtime.paused) == (homes, budget, False)
+    assert (runtime.memory.homes.units, runtime.budget, runtime.paused) == (homes, budget, False)
     check(model)
 
 
@@ -250,7 +250,7 @@ def test_an_unwrapped_model_is_ordinary_and_holds_nothing() -> None:
     check_outputs(model, 1)
     runtime = wanoffload.offloader(model)
     wanoffload.unwrap(model)
-    assert not runtime.homes.units
+    assert not runtime.memory.homes.units
     values = KIND.make().state_dict()
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
 
@@ -259,7 +259,7 @@ def test_verify_looks_at_the_blocks_that_stay(device: str) -> None:
     model = wrapped(device=device, vram_budget=budget_for("wan22_5b", 100), verify=True)
     runtime = wanoffload.offloader(model)
     check_outputs(model, 2)
-    runtime.homes[1].place.memory[300] ^= 1
+    runtime.memory.homes[1].place.memory[300] ^= 1
     with pytest.raises(wanoffload.VerifyError, match=r"blocks\.1"):
         forward(model, KIND.inputs(device))
     check_outputs(model, 1)  # what was spoilt is fetched again
@@ -333,7 +333,7 @@ def test_less_stays_where_a_forward_finds_less_memory(
     model = wrapped(vram_budget=budget_for("wan22_5b", 100, pack), pack=pack)
     runtime = wanoffload.offloader(model)
     check_outputs(model, 1)
-    stayed = len(runtime.homes.units)
+    stayed = len(runtime.memory.homes.units)
     runtime.pause()
     slots_and_staging = 1 if pack else 0  # where all stay there are no slots
     with caplog.at_level(logging.WARNING), out_of_memory_at(slots_and_staging + nth, once=True):
@@ -343,7 +343,7 @@ def test_less_stays_where_a_forward_finds_less_memory(
             assert runtime.paused
         else:
             check_outputs(model, 2)
-            assert 0 <= len(runtime.homes.units) < stayed
+            assert 0 <= len(runtime.memory.homes.units) < stayed
             assert "too little memory" in caplog.text
     check_outputs(model, 2)
 

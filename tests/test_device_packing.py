@@ -18,12 +18,12 @@ from wanoffload import packing, placing, wrapping
 from wanoffload._C import HostBackend, HostImage, HostStore, Image, PackedImage
 from wanoffload.device_memory import SlotMemory
 from wanoffload.device_packing import DevicePacking
+from wanoffload.engine import backend_for
 from wanoffload.image import ImageLayout, lay_out, leave_unlocked
 from wanoffload.loading.checkpoint import Checkpoint
 from wanoffload.loading.describing import describe
 from wanoffload.loading.stored_weights import StoredWeights
 from wanoffload.packing import pack_on_host
-from wanoffload.runtime import backend_for
 from wanoffload.units import Unit, find_units
 from wanoffload.weights import OwnTensors, Weights
 

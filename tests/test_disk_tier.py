@@ -203,7 +203,7 @@ def test_files_are_let_go_with_the_model(folder: Path) -> None:
     for _ in range(5):
         model = load(folder)
         forward(model, KIND.inputs())
-        slots = weakref.ref(wanoffload.offloader(model).slots.memory)
+        slots = weakref.ref(wanoffload.offloader(model).memory.slots.memory)
         del model
     assert files_and_maps() == before
     assert slots() is None

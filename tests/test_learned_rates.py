@@ -14,6 +14,7 @@ from wanoffload import Offloader
 from wanoffload.learned_rates import BlockTimes, LearnedRates
 from wanoffload.machine import clock
 from wanoffload.residency import Rates, forward_seconds
+from wanoffload.residency_planner import sizes_of
 
 KIND = MODELS["wan22_i2v"]
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def test_blocks_that_were_left_out_are_not_timed(ticks: list[float]) -> None:
 
 def test_rates_are_measured_once_from_the_models_own_bytes(device: str) -> None:
     model = wanoffload.wrap(KIND.make(), 1, device=device, vram_budget="6MiB", pack=True)
-    learned = wanoffload.offloader(model)._learned
+    learned = wanoffload.offloader(model)._rates.learned
     rates = learned.with_compute(0.5)
     assert rates.compute_s == 0.5
     assert rates.link_gb_per_s > 0
@@ -88,7 +89,7 @@ def test_rates_are_measured_once_from_the_models_own_bytes(device: str) -> None:
 def test_nothing_is_measured_where_nothing_depends_on_it(options: dict[str, Any]) -> None:
     given = {"vram_budget": "6MiB", "pack": True, **options}
     model = wanoffload.wrap(KIND.make(), 1, device="cpu", **given)
-    assert not wanoffload.offloader(model)._learned.known
+    assert not wanoffload.offloader(model)._rates.learned.known
 
 
 # What stays by them.
@@ -108,7 +109,7 @@ def streamed(resident: int, **options: Any) -> tuple[nn.Module, Offloader]:
     """With room for so many blocks besides what the slots take."""
     given = {"device": "cpu", "pack": True, **options}
     runtime = wanoffload.offloader(wanoffload.wrap(KIND.make(), 1, **given))
-    block = runtime.slots.slot_bytes + 256
+    block = runtime.memory.slots.slot_bytes + 256
     budget = runtime.device_bytes + resident * block
     model = wanoffload.wrap(KIND.make(), 1, **given, vram_budget=budget)
     return model, wanoffload.offloader(model)
@@ -133,7 +134,7 @@ def test_plain_blocks_stay_where_the_link_does_not_bind(told: dict[str, Rates]) 
     assert len(now.resident) > len(before.resident)
     assert now.decoded_bytes < before.decoded_bytes
     assert runtime.device_bytes <= runtime.budget.nbytes  # type: ignore[operator]
-    sizes = runtime._sizes()
+    sizes = sizes_of(runtime.bindings)
     assert forward_seconds(sizes, now, SLOW_COMPUTE) < forward_seconds(sizes, before, SLOW_COMPUTE)
 
 
@@ -156,16 +157,16 @@ def test_a_plan_stays_where_another_would_gain_nothing(told: dict[str, Rates]) -
     told["now"] = SLOW_LINK
     model, runtime = streamed(4)
     before = runtime.residency
-    engine = runtime._prefetcher
+    engine = runtime.engine.prefetcher
     run_model(model, 4)
     assert runtime.residency == before
-    assert runtime._prefetcher is engine
+    assert runtime.engine.prefetcher is engine
 
 
 def test_a_model_that_found_too_little_memory_does_not_ask_for_more(told: dict[str, Rates]) -> None:
     told["now"] = SLOW_COMPUTE
     model, runtime = streamed(4)
-    runtime._short = True
+    runtime.streaming.short = True
     before = runtime.residency
     run_model(model, 4)
     assert runtime.residency == before
@@ -175,6 +176,6 @@ def test_a_larger_budget_is_spent_by_what_was_found(told: dict[str, Rates]) -> N
     told["now"] = SLOW_COMPUTE
     model, runtime = streamed(4)
     run_model(model, 4)
-    runtime.set_budget(runtime.budget.nbytes + runtime.slots.slot_bytes)  # type: ignore[operator]
+    runtime.set_budget(runtime.budget.nbytes + runtime.memory.slots.slot_bytes)  # type: ignore[operator]
     run_model(model, 3)
     assert not runtime.residency.kept_packed

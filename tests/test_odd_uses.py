@@ -401,7 +401,7 @@ def test_a_spoilt_slot_is_fetched_anew_by_the_next_forward() -> None:
     expected = model(X)
     wanoffload.wrap(model, 3, device="cpu", verify=True)  # every block stays in its slot
     model(X)
-    wanoffload.offloader(model).slots.memory[300] ^= 1
+    wanoffload.offloader(model).memory.slots.memory[300] ^= 1
     with pytest.raises(VerifyError):
         model(X)
     for _ in range(2):
@@ -419,7 +419,7 @@ def test_close_gives_back_slots_ring_and_locks_at_once() -> None:
             wanoffload.wrap(model, 1, device="cpu", host="pageable")
         model(X)
         runtime = wanoffload.offloader(model)
-        slots = weakref.ref(runtime.slots.memory)
+        slots = weakref.ref(runtime.memory.slots.memory)
         assert backend.locked_bytes > 0
         runtime.close()
         assert slots() is None
@@ -433,7 +433,7 @@ def test_a_held_weight_does_not_hold_the_engine() -> None:
     model = wrapped()
     held = model.state_dict()["blocks.0.weight"]
     values = held.clone()
-    slots = weakref.ref(wanoffload.offloader(model).slots.memory)
+    slots = weakref.ref(wanoffload.offloader(model).memory.slots.memory)
     del model
     gc.collect()
     assert slots() is None

@@ -19,6 +19,7 @@ from tests.test_checkpoint import save
 from tests.test_load import Watch
 from wanoffload import host_memory, packing, wrapping
 from wanoffload._C import HostImage, PackedImage, Packer
+from wanoffload.engine_memory import EngineMemory
 from wanoffload.host_tiers import HostChoice
 from wanoffload.image import lay_out
 from wanoffload.packing import estimated_bytes, most_bytes
@@ -165,7 +166,7 @@ def test_blocks_of_several_chunks_are_right(host: str, device: str) -> None:
     (image, *_) = [binding.image for binding in runtime.bindings]
     assert isinstance(image, PackedImage)
     assert image.largest_chunk < image.nbytes / 2
-    assert runtime.staging.slot_bytes == image.largest_chunk
+    assert runtime.memory.staging.slot_bytes == image.largest_chunk
 
 
 def test_a_share_of_the_blocks_is_packed_and_the_others_are_plain(device: str) -> None:
@@ -248,7 +249,7 @@ def test_an_image_of_larger_chunks_finds_room_before_the_next_forward() -> None:
     wrap(model)
     runtime = wanoffload.offloader(model)
     model(x)
-    small = runtime.staging.slot_bytes
+    small = runtime.memory.staging.slot_bytes
     (_, binding, *_) = runtime.bindings
     weights = [torch.randint(-(2**15), 2**15, s.shape, dtype=torch.int16) for s in specs(binding)]
     larger = packed_like(binding.layout, [w.view(BF16) for w in weights])
@@ -258,7 +259,7 @@ def test_an_image_of_larger_chunks_finds_room_before_the_next_forward() -> None:
     assert runtime.paused
     with torch.no_grad():
         model(x)
-    assert runtime.staging.slot_bytes == larger.largest_chunk
+    assert runtime.memory.staging.slot_bytes == larger.largest_chunk
     assert not runtime.paused
 
 
@@ -381,7 +382,7 @@ def fails_in_staging(patch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    patch.setattr(wanoffload.Offloader, "_make_staging", fail)
+    patch.setattr(EngineMemory, "_make_staging", fail)
 
 
 FAILURES = [fails_in_packing, fails_in_locking, fails_in_connecting, fails_in_staging]

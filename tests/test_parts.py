@@ -357,10 +357,10 @@ def test_the_order_is_learned_and_places_follow_it(
         assert offloader.stats().acquires == 12
         if number > 1:
             assert offloader.stats().cold == 0
-    names = [offloader.bindings[n].name for n in offloader._order]
+    names = [offloader.bindings[n].name for n in offloader.streaming.order]
     assert names == called
     places = offloader.residency.places
-    assert list(places) == [n for n in offloader._order if n in places]
+    assert list(places) == [n for n in offloader.streaming.order if n in places]
     row = list(places.values())
     ahead = prefetch or 1
     for number, place in enumerate(row):
@@ -374,7 +374,7 @@ def test_the_order_of_qwen_is_learned() -> None:
     check(model, "qwen_image", forwards=1)
     assert offloader.stats().cold > 0
     check(model, "qwen_image", forwards=1)
-    assert list(offloader.residency.places) == offloader._order != registered
+    assert list(offloader.residency.places) == offloader.streaming.order != registered
     offloader.reset_stats()
     check(model, "qwen_image")
     assert offloader.stats().cold == 0
@@ -384,12 +384,12 @@ def test_the_learned_order_survives_pauses_and_budgets() -> None:
     model, twin, x = of_rows("cpu")
     offloader = wanoffload.offloader(model)
     model(x)
-    order = list(offloader._order)
+    order = list(offloader.streaming.order)
     offloader.pause()
     assert torch.equal(model(x), twin(x))
     offloader.set_budget(offloader.device_bytes + 6 * MIB)
     assert torch.equal(model(x), twin(x))
-    assert offloader._order == order
+    assert offloader.streaming.order == order
     assert list(offloader.residency.places) == [
         n for n in order if n not in offloader.residency.resident
     ]
@@ -406,10 +406,10 @@ def test_another_budget_moves_only_the_difference(pack: bool, device: str) -> No
     offloader = wanoffload.offloader(model)
     check(model)
     for staying in (4, 100, 4, 0, 100, 0):
-        had = dict(offloader.homes.units)
+        had = dict(offloader.memory.homes.units)
         offloader.set_budget(budgets[staying])
         check_memory(offloader)
-        kept = {n for n, home in offloader.homes.units.items() if had.get(n) is home}
+        kept = {n for n, home in offloader.memory.homes.units.items() if had.get(n) is home}
         assert kept == had.keys() & offloader.residency.resident
         check(model)
 
@@ -418,10 +418,18 @@ def test_a_refused_budget_changes_nothing() -> None:
     model = wrapped(vram_budget=budget_for("wan22_5b", 4))
     offloader = wanoffload.offloader(model)
     check(model)
-    homes, ring, budget = dict(offloader.homes.units), offloader.ring, offloader.budget
+    homes, ring, budget = (
+        dict(offloader.memory.homes.units),
+        offloader.memory.ring,
+        offloader.budget,
+    )
     with pytest.raises(WrapError, match=r"at least .* part by part; vram_budget is 1,000 bytes"):
         offloader.set_budget(1000)
-    assert (offloader.homes.units, offloader.ring, offloader.budget) == (homes, ring, budget)
+    assert (offloader.memory.homes.units, offloader.memory.ring, offloader.budget) == (
+        homes,
+        ring,
+        budget,
+    )
     check(model)
 
 
@@ -446,7 +454,8 @@ def test_a_paused_model_holds_no_ring_and_the_next_forward_is_right(device: str)
         offloader.pause(keep_residents=keep)
         stats = offloader.stats()
         assert (stats.slot_bytes, stats.resident_units > 0) == (0, keep)
-        assert offloader.device_bytes == offloader._others + offloader.homes.nbytes
+        others = offloader.streaming.planner.others
+        assert offloader.device_bytes == others + offloader.memory.homes.nbytes
         values = KIND.make().state_dict()
         assert all(torch.equal(v.cpu(), values[k]) for k, v in model.state_dict().items())
     check(model)
@@ -515,7 +524,7 @@ def test_an_automatic_budget_has_parts_stay_and_go(
     assert offloader.stats().bytes_fetched == fetched
     card.foreign = 64 * GIB  # and nothing is left
     assert run() == 0
-    assert offloader.ring.nbytes > 0
+    assert offloader.memory.ring.nbytes > 0
     card.foreign = 0
     assert run() == PARTS["wan22_5b"]
 
@@ -526,7 +535,7 @@ def test_verify_looks_at_parts_in_the_ring_and_at_those_that_stay(device: str) -
     check(model)
     number = max(offloader.residency.places, key=lambda n: len(offloader.residency.places[n]))
     name, piece = offloader.bindings[number].name, offloader.residency.places[number][-1]
-    memory, at = offloader.ring.memory, 256 + piece.start
+    memory, at = offloader.memory.ring.memory, 256 + piece.start
 
     def spoil(*_: object) -> None:
         memory[at + 5] ^= 1
@@ -538,8 +547,8 @@ def test_verify_looks_at_parts_in_the_ring_and_at_those_that_stay(device: str) -
         forward(model, KIND.inputs(device))
     inner.remove()
     check(model)
-    stays = min(offloader.homes.units)
-    offloader.homes[stays].place.memory[300] ^= 1
+    stays = min(offloader.memory.homes.units)
+    offloader.memory.homes[stays].place.memory[300] ^= 1
     with pytest.raises(VerifyError, match=rf"{offloader.bindings[stays].name} .*before use"):
         forward(model, KIND.inputs(device))
     check(model)
@@ -740,8 +749,8 @@ def test_automatic_granularity_takes_blocks_where_they_fit_and_parts_where_they_
     device: str,
 ) -> None:
     parts, blocks = (large_rows("cpu", granularity=each) for each in ("part", "block"))
-    others = wanoffload.offloader(blocks)._others
-    two_slots = others + allocated(256 + 2 * wanoffload.offloader(blocks).slots.slot_bytes)
+    others = wanoffload.offloader(blocks).streaming.planner.others
+    two_slots = others + allocated(256 + 2 * wanoffload.offloader(blocks).memory.slots.slot_bytes)
     x = torch.linspace(-1, 1, 1024, device=device).view(2, 512)
     for budget, chosen in (
         (None, "block"),
@@ -871,11 +880,12 @@ def test_what_the_device_holds_is_counted_to_the_byte(device: str) -> None:
     for options in ({}, {"vram_budget": "1GiB"}, {"pack": True}):
         offloader = wanoffload.offloader(wrapped(device=device, **options))
         stats = offloader.stats()
-        memories = [offloader.ring, offloader.staging]
-        memories += [home.place for home in offloader.homes.units.values()]
+        memories = [offloader.memory.ring, offloader.memory.staging]
+        memories += [home.place for home in offloader.memory.homes.units.values()]
         taken = sum(allocated(memory.memory.nbytes) for memory in memories)
-        assert offloader.device_bytes == stats.device_bytes == offloader._others + taken
-        assert stats.slot_bytes == offloader.ring.memory.nbytes
+        expected = offloader.streaming.planner.others + taken
+        assert offloader.device_bytes == stats.device_bytes == expected
+        assert stats.slot_bytes == offloader.memory.ring.memory.nbytes
 
 
 @pytest.mark.gpu
@@ -901,7 +911,7 @@ def test_device_bytes_are_what_torch_allocates(share: float | None) -> None:
     small = 2 * MIB  # one segment for all that is small, and it may have been there
     torch.cuda.empty_cache()
     taken = torch.cuda.memory_reserved() - before
-    large = offloader.device_bytes - offloader._others
+    large = offloader.device_bytes - offloader.streaming.planner.others
     assert large <= taken <= large + small
     offloader.pause()
     torch.cuda.empty_cache()
@@ -958,7 +968,7 @@ def test_less_stays_where_a_forward_finds_less_memory(
     model = wrapped(vram_budget=budget_for("wan22_5b", 5, pack=pack), pack=pack)
     offloader = wanoffload.offloader(model)
     check(model)
-    stayed = len(offloader.homes.units)
+    stayed = len(offloader.memory.homes.units)
     offloader.pause()
     passing = 1 + pack  # the ring, and staging memory
     with caplog.at_level(logging.WARNING), out_of_memory_at(passing + nth, once=True):
@@ -968,7 +978,7 @@ def test_less_stays_where_a_forward_finds_less_memory(
             assert offloader.paused
         else:
             assert torch.equal(forward(model, KIND.inputs()), resident("wan22_5b", "cpu"))
-            assert 0 <= len(offloader.homes.units) < stayed
+            assert 0 <= len(offloader.memory.homes.units) < stayed
             assert "too little memory" in caplog.text
     assert torch.equal(forward(model, KIND.inputs()), resident("wan22_5b", "cpu"))
 

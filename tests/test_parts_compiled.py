@@ -142,11 +142,15 @@ def test_compiling_a_block_that_the_budget_has_no_room_for_is_refused_before_any
     for _ in range(2):  # the order is learned in the first
         expected = model(x)
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
-    ring, residency = offloader.ring, offloader.residency
+    ring, residency = offloader.memory.ring, offloader.residency
     with pytest.raises(WrapError, match=r"at least .* part by part; vram_budget is"):
         model.blocks[1].compile(backend="eager")
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes
-    assert (offloader.ring, offloader.residency, offloader.paused) == (ring, residency, False)
+    assert (offloader.memory.ring, offloader.residency, offloader.paused) == (
+        ring,
+        residency,
+        False,
+    )
     assert torch.equal(model(x), expected)
     offloader.set_budget(ring_budget(model, together=True))
     model.blocks[1].compile(backend="eager")
@@ -168,7 +172,7 @@ def test_a_single_part_can_be_compiled(device: str) -> None:
             wrap(model, device)
         check(model)
         assert backend.frame_count == 1
-        assert wanoffload.offloader(model)._compiled is False
+        assert wanoffload.offloader(model).streaming.planner.compiled is False
         wanoffload.unwrap(model, device)
         assert torch.equal(forward(model, KIND.inputs(device)), resident("wan22_5b", device))
         assert traces(model) == []
@@ -227,7 +231,7 @@ def test_a_weight_of_a_compiled_block_that_no_longer_fits_packed_is_right(device
     twin, inputs = KIND.make().to(device), KIND.inputs(device)
     offloader = wanoffload.offloader(model)
     forward(model, inputs)
-    engines = offloader._prefetcher
+    engines = offloader.engine.prefetcher
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for changed in (model, twin):
@@ -239,7 +243,7 @@ def test_a_weight_of_a_compiled_block_that_no_longer_fits_packed_is_right(device
             generator.manual_seed(3)
     for _ in range(3):
         assert torch.equal(forward(model, inputs), forward(twin, inputs))
-    assert offloader._prefetcher is not engines
+    assert offloader.engine.prefetcher is not engines
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])

@@ -13,7 +13,7 @@ from torch import nn
 
 import wanoffload
 from tests.small_models import MODELS, Backwards, forward
-from wanoffload import ConcurrentForwardError, Offloader, runtime
+from wanoffload import ConcurrentForwardError, Offloader, engine_memory
 from wanoffload._C import HostBackend
 from wanoffload.machine import clock as machine_clock
 
@@ -56,7 +56,7 @@ def test_a_paused_offloader_holds_no_slots_and_no_ring_but_its_page_locks() -> N
     model, inputs, offloader = wrapped(host="pinned")
     forward(model, inputs)
     before = offloader.stats()
-    memory = weakref.ref(offloader.slots.memory)
+    memory = weakref.ref(offloader.memory.slots.memory)
     offloader.pause()
     gc.collect()
     assert memory() is None
@@ -138,7 +138,7 @@ def test_the_learned_order_and_the_poison_survive_a_pause() -> None:
         offloader.pause()
         offloader.reset_stats()
         model(torch.randn(2, 8))
-        backend = offloader._backend
+        backend = offloader.engine.backend
         assert isinstance(backend, HostBackend)
         calls = backend.calls
         model(torch.randn(2, 8))
@@ -216,8 +216,8 @@ def test_too_little_memory_to_resume_leaves_it_paused(monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         # An empty SlotMemory is made on the way: only one with slots is refused.
-        real = runtime.SlotMemory
-        patch.setattr(runtime, "SlotMemory", lambda n, *a: full() if n else real(n, *a))
+        real = engine_memory.SlotMemory
+        patch.setattr(engine_memory, "SlotMemory", lambda n, *a: full() if n else real(n, *a))
         with pytest.raises(torch.OutOfMemoryError):
             forward(model, inputs)
     assert offloader.paused
@@ -228,7 +228,7 @@ def test_slots_made_in_inference_mode_are_ordinary_tensors() -> None:
     model, inputs, offloader = wrapped()
     offloader.pause()
     forward(model, inputs)
-    assert not offloader.slots.memory.is_inference()
+    assert not offloader.memory.slots.memory.is_inference()
     with torch.no_grad():
         model(**inputs)
 

@@ -30,6 +30,7 @@ from wanoffload import (
     wrapping,
 )
 from wanoffload.facts.model import ModelFacts
+from wanoffload.forward_thread import ForwardThread
 from wanoffload.pipelines import acting, components, enabling, tenancy
 from wanoffload.pipelines.acting import Enabled
 from wanoffload.pipelines.components import (
@@ -382,7 +383,7 @@ BEGINNING, END = "beginning", "end"
     ("plan", "kind", "name"),
     [
         (STREAMING, Offloader, "end_forward"),
-        (STREAMING, Offloader, "_leave_thread"),
+        (STREAMING, ForwardThread, "leave"),
         (STREAMING, Offloader, "pause"),
         (replace(STREAMING, budget_of_one=1 << 30), Offloader, "pause"),
         (replace(STREAMING, budget_of_one=1 << 30), Offloader, "resume"),

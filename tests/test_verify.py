@@ -73,8 +73,8 @@ def slot_of_first_block(runtime: wanoffload.Offloader) -> int:
     image = runtime.bindings[0].image
     expected = host_fingerprint(image.address, image.nbytes)
     for _ in range(1000):
-        for slot in range(runtime.slots.count):
-            if runtime.slot_fingerprint(0, slot, image.nbytes) == expected:
+        for slot in range(runtime.memory.slots.count):
+            if runtime.memory.fingerprint(0, slot, image.nbytes) == expected:
                 return slot
         time.sleep(0.01)
     raise AssertionError("the first block did not arrive")
@@ -86,7 +86,7 @@ def test_wrong_bytes_in_a_slot_are_named_with_unit_slot_and_generation(device: s
     runtime = wanoffload.offloader(model)
     forward(model, inputs)
     slot = slot_of_first_block(runtime)
-    runtime.slots.window(slot, 64)[50] ^= 1
+    runtime.memory.slots.window(slot, 64)[50] ^= 1
     expected = rf"blocks\.0 in slot {slot}, generation \d+, before use.*last events"
     with pytest.raises(VerifyError, match="(?s)" + expected):
         forward(model, inputs)

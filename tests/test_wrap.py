@@ -130,7 +130,7 @@ def test_every_tensor_of_a_slot_is_aligned_to_256_bytes() -> None:
         lambda module, _: seen.extend(p.data_ptr() for p in block.parameters())
     )
     forward(model, inputs)
-    start = wanoffload.offloader(model).slots.memory.data_ptr()
+    start = wanoffload.offloader(model).memory.slots.memory.data_ptr()
     assert len(seen) == 27
     assert {(pointer - start) % 256 for pointer in seen} == {0}
 
@@ -163,11 +163,11 @@ def test_device_memory_is_known_before_the_first_forward(prefetch: int) -> None:
     slots = min(prefetch + 1, MODELS["vace"].units)
     expected = 256 + slots * max(image_bytes(model))
     assert runtime.stats().slot_bytes == expected
-    memory = runtime.slots.memory.data_ptr()
+    memory = runtime.memory.slots.memory.data_ptr()
     for _ in range(3):
         forward(model, inputs)
-    assert runtime.stats().slot_bytes == runtime.slots.memory.numel() == expected
-    assert runtime.slots.memory.data_ptr() == memory
+    assert runtime.stats().slot_bytes == runtime.memory.slots.memory.numel() == expected
+    assert runtime.memory.slots.memory.data_ptr() == memory
 
 
 def test_the_tree_of_modules_is_untouched() -> None:

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from wanoffload.pipelines.enabling import disable, enable
     from wanoffload.pipelines.loading_pipeline import load_pipeline
     from wanoffload.policy.planning import Plan, plan
-    from wanoffload.runtime import Offloader, Stats
+    from wanoffload.runtime import Offloader
+    from wanoffload.stats import Stats
     from wanoffload.workload import Workload
     from wanoffload.wrapping import offloader, unwrap, wrap
 
@@ -87,7 +88,7 @@ _MODULE_OF = {
     "ModelFacts": "facts.model",
     "Offloader": "runtime",
     "Plan": "policy.planning",
-    "Stats": "runtime",
+    "Stats": "stats",
     "Workload": "workload",
     "disable": "pipelines.enabling",
     "enable": "pipelines.enabling",

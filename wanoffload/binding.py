@@ -139,7 +139,7 @@ class Binding(hooks.Attached):
         not in own memory is brought there first.
         """
         self.take_ownership()
-        self.offloader.stays_plain(self)
+        self.offloader.written.forget(self)
         plain = [nn.Parameter(w.plain, w.requires_grad) for w in self.weights]
         for parameters, key, number in self._places:
             if plain and parameters.get(key) is self.weights[number]:
@@ -219,7 +219,7 @@ class Binding(hooks.Attached):
     def _leave_the_others(self, shared: HostImage) -> None:
         """The bytes move below the address where they stand."""
         if self.index >= 0:
-            self.offloader.invalidate(self.index)
+            self.offloader.engine.invalidate(self.index)
         try:
             shared.make_own()
         except (BackendError, HostMemoryError) as error:
@@ -234,7 +234,7 @@ class Binding(hooks.Attached):
         view.bring_to_stay()
         try:
             if self.index >= 0:
-                self.offloader.invalidate(self.index)
+                self.offloader.engine.invalidate(self.index)
         except BaseException:
             assert isinstance(self.image, PackedImage)
             view.is_packed_as(self.image)
@@ -272,7 +272,7 @@ class Binding(hooks.Attached):
     def _packed_anew(self, view: PackedView) -> HostImage:
         nbytes, locked = self._was_packed
         host_memory.require(nbytes, f"packing {self.name} again")
-        store = HostStore(self.offloader.backend)
+        store = HostStore(self.offloader.engine.backend)
         stored = packing.pack_on_host(self.layout, view.memory, store)
         if locked and not self.offloader.closed:
             try:
@@ -393,9 +393,9 @@ class Binding(hooks.Attached):
             if not self.owned:
                 self.take_ownership()  # which fences it too
             elif self.index >= 0:
-                self.offloader.invalidate(self.index)
+                self.offloader.engine.invalidate(self.index)
             if self.view is not None and self.index >= 0:
-                self.offloader.was_written(self)
+                self.offloader.written.add(self)
 
     def let_addresses_go(self) -> None:
         """What was given out of the model's own parameters' addresses holds no longer."""
@@ -480,13 +480,13 @@ class Binding(hooks.Attached):
         self.offloader.release(self.index, stream, generation)
         if self._spoilt:
             self._spoilt = False
-            self.offloader.invalidate(self.index)
+            self.offloader.engine.invalidate(self.index)
 
     def own(self, output: Any) -> Any:
         """The block's output, with a copy in place of any tensor that is part of the slot."""
         if type(output) in (tuple, list):
             return type(output)(self.own(part) for part in output)
-        if isinstance(output, Tensor) and self.offloader.holds(output):
+        if isinstance(output, Tensor) and self.offloader.memory.holds(output):
             return output.clone()
         return output
 
@@ -495,7 +495,7 @@ class Binding(hooks.Attached):
         return self._held is not None
 
     def _make_views(self, slot: int) -> list[nn.Parameter]:
-        place = self.offloader.place(self.index, slot)
+        place = self.offloader.memory.place(self.index, slot)
         # Ordinary tensors, whatever mode the forward that needs them first is in.
         with ordinary_tensors():
             views = [
@@ -521,7 +521,7 @@ class Binding(hooks.Attached):
     def _verify(self, slot: int, generation: int, when: str) -> None:
         if self._fingerprint is None:
             self._fingerprint = image.fingerprint_of(self.image)
-        found = self.offloader.slot_fingerprint(self.index, slot, self.layout.nbytes)
+        found = self.offloader.memory.fingerprint(self.index, slot, self.layout.nbytes)
         if found != self._fingerprint:
             self._spoilt = True
             raise VerifyError(

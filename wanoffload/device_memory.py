@@ -1,5 +1,5 @@
-"""What the engine has of the device: slots, or a ring, through which units pass, and homes, where
-some stay.
+"""What an engine may have of the device: slots, or a ring, through which units pass, and homes,
+where some stay.
 
 All of it is torch's, so that `torch.cuda.memory_*` tells the truth.
 """

@@ -6,13 +6,15 @@ So packed blocks are kept on the device where the link binds, and plain ones whe
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from wanoffload._C import Backend, HostImage
+from wanoffload._C import Backend, HostImage, Image
+from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.machine.clock import Run, Stamp, clock_of, seconds_between, stamp
+from wanoffload.packing import stored_image
 from wanoffload.residency import Rates
 from wanoffload.staging import BESIDE_COMPUTE
 
@@ -122,3 +124,43 @@ class LearnedRates:
     def _quickest(self, run: Run) -> float:
         clock = clock_of(self._device)
         return max(min(clock.device_seconds(run, 1) for _ in range(ROUNDS)), TINY_S)
+
+
+class ForwardRates:
+    """What the forwards of one model are up against, told when those of some shapes come again."""
+
+    def __init__(self, device: torch.device, backend: Backend) -> None:
+        self.blocks = BlockTimes(device)
+        self.learned = LearnedRates(device, backend)
+        self._key: Hashable = None
+        self._told: Hashable = None  # of these shapes
+        self._seconds: dict[int, float] = {}  # of this forward's blocks, as far as they are known
+
+    def measure(self, images: Iterable[Image], memory: Tensor) -> None:
+        """With the largest of these images that is page-locked, if there are both. Waits for the
+        device. `memory`: nobody uses it; it is overwritten."""
+        stored = [stored_image(each) for each in images]
+        locked = [each for each in stored if isinstance(each, HostImage) and each.locked]
+        largest = max(locked, key=lambda each: each.nbytes, default=None)
+        if largest is not None and memory.numel():
+            with ordinary_tensors():
+                self.learned.measure(largest, memory)
+
+    def begin_forward(self, key: Hashable) -> None:
+        """A forward of these shapes begins."""
+        self._key = key
+        self.blocks.begin_forward(key)
+        self._seconds = self.blocks.seconds(key)
+
+    def news(self, plain_bytes: Sequence[int]) -> Rates | None:
+        """The rates, if this forward's shapes come again and others were told of before.
+
+        `plain_bytes`: of each unit.
+        """
+        ready = self.learned.known and self.blocks.again and self._seconds
+        if not ready or self._key == self._told:
+            return None
+        self._told = self._key
+        # Unpacking makes some blocks take longer; it is counted apart.
+        fastest = min(time / max(plain_bytes[unit], 1) for unit, time in self._seconds.items())
+        return self.learned.with_compute(fastest * sum(plain_bytes))

@@ -89,6 +89,11 @@ def stored_image(stored: Image) -> Image:
     return stored.stored if isinstance(stored, PackedImage) else stored
 
 
+def largest_chunk(stored: Image) -> int:
+    """Bytes of the staging memory that an image needs at once; 0: it is not packed."""
+    return stored.largest_chunk if isinstance(stored, PackedImage) else 0
+
+
 class Packing(Protocol):
     """Packs the units of a model, in order. One thread."""
 

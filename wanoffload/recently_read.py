@@ -8,6 +8,10 @@ from typing import Protocol
 
 from wanoffload import host_memory
 
+UNPACKED_UNITS = 2
+"""So many stand unpacked on the host, besides those that somebody holds, when packed weights are
+read; and so many more when they are written to."""
+
 
 class Dropping(Protocol):
     """A unit of which a part is unpacked."""

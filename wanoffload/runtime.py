@@ -1,121 +1,40 @@
-"""What happens while a wrapped model lives: its `Offloader`, and the slots it holds."""
+"""What happens while a wrapped model lives: its `Offloader`."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wanoffload import hooks, image, units
-from wanoffload._C import (
-    Backend,
-    CudaBackend,
-    HostBackend,
-    HostImage,
-    Image,
-    PackedImage,
-    Prefetcher,
-    fingerprint,
-)
+from wanoffload import hooks, units
+from wanoffload._C import Backend, Image, PackedImage
 from wanoffload.activations import Activations, TorchMemory, shapes
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget
-from wanoffload.device_memory import Homes, Place, SlotMemory, Wanted, no_memory
+from wanoffload.device_memory import SlotMemory
+from wanoffload.engine import Engine
+from wanoffload.engine_memory import EngineMemory
 from wanoffload.errors import ClosedError, ConcurrentForwardError, MoveError, WrapError
-from wanoffload.host_tensor import ordinary_tensors
-from wanoffload.host_tiers import CHUNK_BYTES, DISK, PAGEABLE, PINNED, HostPlan
-from wanoffload.learned_rates import BlockTimes, LearnedRates
-from wanoffload.recently_read import RecentlyRead
-from wanoffload.residency import Rates, Residency, UnitBytes, allocated, choose, forward_seconds
-from wanoffload.ring_plan import choose_parts, parts_of
-from wanoffload.staging import STAGING_SLOTS
+from wanoffload.forward_thread import ForwardThread
+from wanoffload.host_tiers import DISK, PAGEABLE, PINNED, HostPlan
+from wanoffload.learned_rates import ForwardRates
+from wanoffload.recently_read import UNPACKED_UNITS, RecentlyRead
+from wanoffload.residency import Residency, allocated
+from wanoffload.residency_planner import ResidencyPlanner
+from wanoffload.stats import Stats
 from wanoffload.step_time import StepTime
+from wanoffload.streaming import Streaming
 from wanoffload.together import Together
+from wanoffload.written_units import WrittenUnits
 
 logger = logging.getLogger(__name__)
-
-UNPACKED_UNITS = 2
-"""So many stand unpacked on the host, besides those that somebody holds, when packed weights are
-read; and so many more when they are written to."""
-WORTH_MOVING = 1.02
-"""A plan is given up for another if forwards take this much longer under it."""
-FIRST_FILL_DEPTH = 2
-"""Blocks on their way home ahead of the one that computes, where all stay on the device."""
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an offloader did and holds. Counts since `wrap` or the last `reset_stats()`; bytes now.
-
-    `cold`: acquires that found nobody had fetched their block yet. `host_bytes`: of the images in
-    host memory; `disk_bytes`: of those in files; `plain_bytes`: of all, as they would be if none
-    was packed; `unpacked_bytes`: of host memory that packed weights take besides, because they
-    were read; `locked_bytes`: page-locked, images and ring;
-    `slot_bytes`: on the device, all slots, or the ring that parts of blocks pass through;
-    `ring_bytes`: of the pinned ring, 0 where every image is
-    page-locked; `staging_bytes`: on the device, where packed chunks are unpacked from, 0 where
-    nothing is packed. `slots`, `slot_bytes`, `ring_bytes` and `staging_bytes` are 0 while the
-    offloader is paused. `packed_units`: blocks whose images are packed; bytes of them are packed
-    bytes. `resident_units`: blocks that stay on the device, plain; `kept_packed_units`: those that
-    stay there packed and are unpacked for each use; `resident_bytes`: of both, on the device;
-    `device_bytes`: of all weights on the device, as the allocator counts them: what `vram_budget`
-    limits.
-    `predicted_step_seconds`: of a denoising step,
-    by the plan; `measured_step_seconds`: of the second step. None where nothing was predicted, or
-    the device has not got that far.
-    """
-
-    forwards: int
-    acquires: int
-    cold: int
-    fetches: int
-    bytes_fetched: int
-    invalidations: int
-    failures: int
-    units: int
-    slots: int
-    host_bytes: int
-    disk_bytes: int
-    plain_bytes: int
-    unpacked_bytes: int
-    locked_bytes: int
-    slot_bytes: int
-    ring_bytes: int
-    predicted_step_seconds: float | None = None
-    measured_step_seconds: float | None = None
-    packed_units: int = 0
-    staging_bytes: int = 0
-    resident_units: int = 0
-    kept_packed_units: int = 0
-    resident_bytes: int = 0
-    device_bytes: int = 0
-
-
-_COUNTS = ("acquires", "cold", "fetches", "bytes_fetched", "invalidations", "failures")
-
-
-def backend_for(device: torch.device) -> Backend:
-    """The engine's backend for a torch device: CUDA through the driver, or threads of the host."""
-    return CudaBackend(device.index) if device.type == "cuda" else HostBackend()
-
-
-def _largest_chunk(stored: Image) -> int:
-    """Bytes of the staging memory that the image needs at once; 0: it is not packed."""
-    return stored.largest_chunk if isinstance(stored, PackedImage) else 0
-
-
-def _give_back_cached(device: torch.device) -> None:
-    """What torch's allocator keeps for later goes back to the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 class Offloader(hooks.Attached):
@@ -133,226 +52,44 @@ class Offloader(hooks.Attached):
         device: torch.device,
         backend: Backend,
         slots: SlotMemory,
-        prefetch: int | None,
+        planner: ResidencyPlanner,
         host_plan: HostPlan,
         verify: bool,
-        budget: Budget = Budget(),  # noqa: B008 (it is frozen)
-        others: int = 0,
-        granularity: str = units.BLOCK,
-        compiled: bool = False,
+        budget: Budget,
     ) -> None:
         self.device = device
-        self.granularity = granularity
         self.verify = verify
         self.host_plan = host_plan
         self.pack = 0.0
-        self.slots = slots
-        self.staging = no_memory()
-        self.ring = no_memory()
-        self.homes = Homes(device)
-        self.residency: Residency  # chosen by connect()
+        self._rates = ForwardRates(device, backend)
+        self.memory = EngineMemory(device, slots)
+        self.engine = Engine(device, backend, self.memory)
+        self.streaming = Streaming(self.engine, planner, self._rates)
         self.bindings: list[Binding] = []
         self.together: list[Together] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
         self.moving_all = False
+        self.thread = ForwardThread()
         self.before_forward: Callable[[], None] | None = None
         """Called at the beginning of every forward of the model, before anything is brought."""
-        self._backend = backend
         self.recently_read = RecentlyRead(UNPACKED_UNITS * slots.slot_bytes)
-        self._written: dict[int, Binding] = {}  # not packed again yet, the latest last
-        self._prefetch = prefetch
+        self.written = WrittenUnits(UNPACKED_UNITS)
         self._budget = budget
-        self._compiled = compiled  # some block is: its parts are used all at once
-        self._others = others  # bytes on the device of what is not in blocks
         self._activations = self._watch(budget)
-        self._block_times = BlockTimes(device)
-        self._learned = LearnedRates(device, backend)
-        self._rates: Rates | None = None  # of the shapes that were looked at last
-        self._looked_at: Hashable = None  # these shapes
-        self._short = False  # the device had less memory than the budget allows
-        self._planned_for = 0  # bytes: the ceiling that the residency was chosen for
-        self._poison: int | None = None
-        self._slot_owner: list[Tensor] = []
-        self._prefetcher: Prefetcher  # made by connect()
-        self._connected = False
-        self._can_unpack = False
         self._forwards = 0
-        self._past = dict.fromkeys(_COUNTS, 0)  # counts of the engines before the last pause
         self._step_time = StepTime(device)
-        self._owner: dict[str, int] = {}  # "thread": the one inside a forward, if any
         self._sequence: list[int] = []  # units as this forward called them
-        self._order: list[int] = []  # the engine's
         self._closed = False
-        self._paused = False
         self._process = os.getpid()
 
     def connect(self, bindings: list[Binding]) -> None:
         """Makes the engine and hands it the images of all blocks, in the order of their use."""
         self.bindings = bindings
-        self._order = list(range(len(bindings)))
         for number, binding in enumerate(bindings):
             binding.index = number
-        self._take_memory(self._choose(self._budget))
-        self._make_engine()
+        self.streaming.connect(bindings, self.host_plan.ring_chunks, self._budget.nbytes)
         if self._budget.nbytes is not None:
             logger.info("%s", self.residency.sentence)
-
-    # Memory of the device.
-
-    def _watch(self, budget: Budget) -> Activations | None:
-        """Who finds out what an automatic budget is."""
-        return Activations(TorchMemory(self.device)) if budget.auto else None
-
-    def _choose(self, budget: Budget) -> Residency:
-        """What stays on the device, by what the blocks take now. Raises WrapError if the budget is
-        too small."""
-        chunk = max((_largest_chunk(binding.image) for binding in self.bindings), default=0)
-        if self.granularity == units.PART:
-            return self._choose_parts(budget, chunk, self._compiled)
-        found = choose(
-            self._sizes(),
-            budget.nbytes,
-            others=self._others,
-            prefetch=self._prefetch,
-            rates=self._rates,
-            largest_chunk=chunk,
-        )
-        if found.streamed_bytes == 0:
-            return found
-        stays = found.resident | found.kept_packed
-        over_link = (b.image.nbytes for n, b in enumerate(self.bindings) if n not in stays)
-        return replace(found, streamed_bytes=sum(over_link))
-
-    def _choose_parts(self, budget: Budget, chunk: int, compiled: bool) -> Residency:
-        takes = [
-            UnitBytes(binding.layout.nbytes, binding.image.nbytes, binding.packed)
-            for binding in self.bindings
-        ]
-        layouts = [binding.layout for binding in self.bindings]
-        parts = parts_of([binding.unit for binding in self.bindings], layouts, takes)
-        return choose_parts(
-            parts,
-            budget.nbytes,
-            others=self._others,
-            prefetch=self._prefetch,
-            order=self._order,
-            together=compiled,
-            largest_chunk=chunk,
-        )
-
-    def _sizes(self) -> list[UnitBytes]:
-        """What the blocks take. Packed ones of equal plain size differ by a little: all count as
-        the largest, so that they can be spread evenly."""
-        stored: dict[int, int] = {}
-        for binding in self.bindings:
-            if binding.packed:
-                plain = binding.layout.nbytes
-                stored[plain] = max(stored.get(plain, 0), binding.image.nbytes)
-        return [
-            UnitBytes(
-                plain, stored[plain] if binding.packed else binding.image.nbytes, binding.packed
-            )
-            for binding in self.bindings
-            for plain in [binding.layout.nbytes]
-        ]
-
-    def _take_memory(self, residency: Residency) -> None:
-        """Slots, staging memory and homes as it says; what is there stays. No engine is open.
-
-        Raises torch.OutOfMemoryError. What was taken until then is kept by `homes` and `slots`.
-        """
-        self.residency = residency
-        wanted = self._wanted(residency)
-        if self.homes.keep_only(wanted):  # a ceiling is one for what the allocator holds, too
-            _give_back_cached(self.device)
-        with ordinary_tensors():
-            if (self.slots.count, self.slots.slot_bytes) != (residency.slots, residency.slot_bytes):
-                self.slots = no_memory()
-                self.slots = SlotMemory(residency.slots, residency.slot_bytes, self.device)
-            self._make_ring(residency.ring_bytes)
-            self.staging = self._make_staging(residency)
-            self.homes.make(wanted)
-        logger.debug("%s", residency.sentence)
-
-    def _make_ring(self, nbytes: int) -> None:
-        if self.ring.slot_bytes != nbytes:
-            self.ring = no_memory()
-            self.ring = SlotMemory(1, nbytes, self.device) if nbytes else no_memory()
-
-    def _wanted(self, residency: Residency) -> dict[int, Wanted]:
-        """The homes of a residency."""
-        plain = {n: Wanted(self.bindings[n].layout.nbytes, False) for n in residency.resident}
-        packed = {n: Wanted(self.bindings[n].image.nbytes, True) for n in residency.kept_packed}
-        return plain | packed
-
-    def _make_engine(self) -> None:
-        """An engine over the memory that was taken."""
-        if self._weighs_packed() and not self._learned.known:
-            self._measure_rates()
-        homes = [home.place.memory for home in self.homes.units.values()]
-        # The engine keeps this list alive, and so the memory until it has closed.
-        self._slot_owner = [self.slots.memory, self.ring.memory, self.staging.memory, *homes]
-        self._prefetcher = Prefetcher(
-            self._backend,
-            self.slots.addresses(),
-            self.slots.slot_bytes,
-            self._slot_owner,
-            depth=self._depth(),
-            ring_chunks=self.host_plan.ring_chunks,
-            ring_chunk_bytes=CHUNK_BYTES,
-            staging=self.staging.addresses(),
-            staging_bytes=self.staging.slot_bytes,
-            unpacks_in_place=any(binding.packed for binding in self.bindings),
-        )
-        self._connected = True
-        self._prefetcher.set_poison(self._poison)
-        for number, binding in enumerate(self.bindings):
-            self._add_unit(number, binding)
-        self._prefetcher.set_order(self._order)
-
-    def _depth(self) -> int:
-        if self.residency.slots == 0 and not self.residency.places:
-            return FIRST_FILL_DEPTH
-        return min(self.residency.depth, len(self.bindings))
-
-    def _add_unit(self, number: int, binding: Binding) -> None:
-        if (home := self.homes.get(number)) is not None:
-            self._prefetcher.add_unit(
-                binding.image,
-                home=home.place.place(0).ranges(),
-                as_stored=home.wanted.as_stored,
-                filled=home.filled,
-            )
-            home.stale = False
-        elif number in self.residency.places:
-            self._prefetcher.add_unit(binding.image, home=self._place_in_ring(number).ranges())
-        else:
-            self._prefetcher.add_unit(binding.image)
-
-    def _place_in_ring(self, number: int) -> Place:
-        return self.ring.places(self.residency.places[number])
-
-    def _make_staging(self, residency: Residency) -> SlotMemory:
-        """For the largest chunk of what comes packed over the link: always, or to its home."""
-        if any(binding.packed for binding in self.bindings):
-            self._prepare_unpacking()
-        over_link = [b for n, b in enumerate(self.bindings) if n not in residency.kept_packed]
-        largest = max((_largest_chunk(binding.image) for binding in over_link), default=0)
-        if largest == self.staging.slot_bytes:
-            return self.staging
-        self.staging = no_memory()
-        return SlotMemory(STAGING_SLOTS, largest, self.device) if largest else no_memory()
-
-    def _prepare_unpacking(self) -> None:
-        """Gives the backend its kernel, once."""
-        if isinstance(self._backend, CudaBackend) and not self._can_unpack:
-            from wanoffload.kernels.unpack import compile_unpack
-
-            kernel = compile_unpack(self.device)
-            self._backend.load_unpack_kernel(
-                kernel.cubin, kernel.name, kernel.threads, kernel.shared_bytes
-            )
-        self._can_unpack = True
 
     # The steady path.
 
@@ -364,15 +101,15 @@ class Offloader(hooks.Attached):
 
     def acquire(self, index: int, stream: int) -> tuple[int, int]:
         self._sequence.append(index)
-        acquired = self._prefetcher.acquire(index, stream)
-        if self._block_times.timing:
-            self._block_times.come(index)
+        acquired = self.engine.prefetcher.acquire(index, stream)
+        if self._rates.blocks.timing:
+            self._rates.blocks.come(index)
         return acquired
 
     def release(self, index: int, stream: int, generation: int) -> None:
-        if self._block_times.timing:
-            self._block_times.used(index)
-        self._prefetcher.release(index, stream, generation)
+        if self._rates.blocks.timing:
+            self._rates.blocks.used(index)
+        self.engine.prefetcher.release(index, stream, generation)
 
     @property
     def tiers(self) -> list[str]:
@@ -385,37 +122,9 @@ class Offloader(hooks.Attached):
         Not inside of a block. One that is packed into larger chunks than the staging memory holds
         ends the engine, until the next forward makes one with more.
         """
-        if not self._closed and not self._paused:
-            if self._fits(index, new):
-                return self._prefetcher.replace_unit(index, new)
+        if self.engine.running and not self.memory.fits(index, new):
             self._pause(keep_homes=True)
-        self.homes.spoil(index)
-
-    def _fits(self, index: int, new: Image) -> bool:
-        """Whether the engine's memory, as it is, is enough for another image of a block."""
-        if index in self.residency.kept_packed:  # its home has the size of its packed bytes
-            return False
-        if isinstance(new, PackedImage) and len(self.residency.places.get(index, ())) > 1:
-            return False  # packed bytes are unpacked to one run of addresses
-        return _largest_chunk(new) <= self.staging.slot_bytes
-
-    def invalidate(self, index: int) -> None:
-        if self._closed or self._paused:
-            self.homes.spoil(index)
-        else:
-            self._prefetcher.invalidate(index)
-
-    def place(self, index: int, slot: int) -> Place:
-        """Where a block stands that `acquire` gave this slot for."""
-        if slot < self.slots.count:
-            return self.slots.place(slot)
-        if (home := self.homes.get(index)) is not None:
-            return home.place.place(0)
-        return self._place_in_ring(index)
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a view of the weights on the device."""
-        return self.slots.holds(tensor) or self.ring.holds(tensor) or self.homes.holds(tensor)
+        self.engine.replace(index, new)
 
     # Parts of compiled blocks.
 
@@ -423,86 +132,38 @@ class Offloader(hooks.Attached):
         """From here on all parts of a block are used at once: one is being compiled. The next
         forward has room for that. Raises WrapError, and nothing has changed, if the budget is too
         small; ConcurrentForwardError during a forward."""
-        if self._compiled or self._closed:
+        if self.streaming.planner.compiled or self._closed:
             return
+        planner = replace(self.streaming.planner, compiled=True)
         if not self._budget.auto:
-            chunk = max(_largest_chunk(binding.image) for binding in self.bindings)
-            self._choose_parts(self._budget, chunk, compiled=True)
+            planner.choose(self.bindings, self._budget.nbytes, self.streaming.order)
         self.pause(keep_residents=True)
-        self._compiled = True
-
-    # Packed units, between forwards.
-
-    def was_written(self, binding: Binding) -> None:
-        """A packed unit stands as it is now; so that few do, one that was written to before is
-        packed again, if nobody uses it."""
-        self._written.pop(id(binding), None)
-        self._written[id(binding)] = binding
-        for other in list(self._written.values())[:-UNPACKED_UNITS]:
-            with other.turn.if_free() as free:
-                if free and other.pack_again():
-                    self._written.pop(id(other), None)
-
-    def stays_plain(self, binding: Binding) -> None:
-        """The unit is not to be packed again."""
-        self._written.pop(id(binding), None)
-
-    def _settle_packed(self) -> None:
-        """What was written to is packed again, and what was read is dropped."""
-        for binding in list(self._written.values()):
-            binding.settle()
-            if binding.packed:
-                self._written.pop(id(binding), None)
-        if self.recently_read.nbytes:
-            for binding in self.bindings:
-                binding.let_addresses_go()
-            self.recently_read.drop_all()
+        self.streaming.planner = planner
 
     # Forwards.
 
     def in_forward(self) -> bool:
         """Whether the calling thread is inside a forward of this model."""
-        return self._owner.get("thread") == threading.get_ident()
-
-    def _enter_thread(self, what: str) -> bool:
-        """Makes this thread the one inside a forward; False if it was already."""
-        me = threading.get_ident()
-        if self._owner.get("thread") == me:
-            return False
-        if self._owner.setdefault("thread", me) != me:
-            raise ConcurrentForwardError(
-                f"{what} was called by a second thread while a forward of the same model is "
-                "running. Weights in slots belong to one forward at a time: take turns, or wrap a "
-                "copy for each thread."
-            )
-        return True
+        return self.thread.is_this()
 
     def begin_block(self, name: str) -> bool:
         """True if the block was called by itself, without the model's forward."""
-        if not self._enter_thread(name):
+        if not self.thread.enter(name):
             return False
         try:
             self.resume()
         except BaseException:
-            self._leave_thread()
+            self.thread.leave()
             raise
         return True
 
     def end_block(self) -> None:
         self._sequence.clear()
-        self._leave_thread()
-
-    def _leave_thread(self) -> None:
-        if self.in_forward():
-            self._owner.pop("thread", None)
+        self.thread.leave()
 
     def refuse_other_thread(self, what: str) -> None:
         """Raises ConcurrentForwardError while another thread is inside a forward."""
-        if self._owner and not self.in_forward():
-            raise ConcurrentForwardError(
-                f"{what} while another thread runs a forward of the model, whose weights stand in "
-                "the slots in part; wait until the forward has ended"
-            )
+        self.thread.refuse_others(what)
 
     def begin_forward(self, model: nn.Module, inputs: Any) -> None:
         if (hook := units.foreign_hook(model)) is not None:
@@ -511,7 +172,7 @@ class Offloader(hooks.Attached):
                 "wanoffload.unwrap() before offloading the model in another way."
             )
         # False here means that an earlier forward of this thread ended without its ending.
-        self._enter_thread("the model")
+        self.thread.enter("the model")
         if os.getpid() != self._process:
             raise WrapError(
                 "this model was wrapped before the process was forked; streams and page locks "
@@ -521,10 +182,11 @@ class Offloader(hooks.Attached):
             raise WrapError("a wrapped model can't be traced: call wanoffload.unwrap() first")
         if self.before_forward is not None:
             self.before_forward()
-        self._settle_packed()
+        self.written.settle()
+        self._drop_read()
         if self._activations is not None:
             self._leave_room(self._activations, inputs)
-        if self._weighs_packed():
+        if self.streaming.depends_on_rates(self._budget.nbytes):
             self._look_at_rates(inputs)
         self.resume()
         self._recover()
@@ -533,70 +195,48 @@ class Offloader(hooks.Attached):
         if self._activations is not None:
             self._activations.begin()
 
+    def _drop_read(self) -> None:
+        """What of packed units was read stands unpacked no longer."""
+        if self.recently_read.nbytes:
+            for binding in self.bindings:
+                binding.let_addresses_go()
+            self.recently_read.drop_all()
+
     def _leave_room(self, activations: Activations, inputs: Any) -> None:
         """The weights' ceiling is what the activations of these inputs leave."""
         room = activations.room(inputs, self.device_bytes)
         self._budget = replace(self._budget, nbytes=room)
-        if self._paused:
+        if self.paused:
             return
-        too_much = self.homes.nbytes > 0 and (room is None or room < self.device_bytes)
+        too_much = self.memory.homes.nbytes > 0 and (room is None or room < self.device_bytes)
         # What a plan leaves unused, or could not have, is no reason for another.
-        used = max(self.device_bytes, self._planned_for)
-        enough = room is not None and room >= used + allocated(self._largest())
+        used = max(self.device_bytes, self.streaming.made_for)
+        enough = room is not None and room >= used + allocated(self.streaming.largest)
         more = enough and activations.again and len(self.residency.resident) < len(self.bindings)
         if too_much or more:
             self._recover()
             self._pause(keep_homes=True)
             if too_much:
-                self.homes.keep_only(self._wanted(self._choose_within(room)))
+                self.streaming.keep_homes_of(self.streaming.choose_within(room))
                 activations.tidy()
-
-    def _weighs_packed(self) -> bool:
-        """Whether it depends on rates what stays on the device: packed blocks, which are unpacked
-        for each use, or fewer plain ones."""
-        budget = self._budget.nbytes is not None and self.granularity == units.BLOCK
-        return budget and any(binding.packed for binding in self.bindings)
 
     def _look_at_rates(self, inputs: Any) -> None:
         """Once it is known how long a forward of these inputs computes, and it comes again, blocks
         stay on the device as is quickest for it."""
         key, _ = shapes(inputs)
-        self._block_times.begin_forward(key)
-        seconds = self._block_times.seconds(key)
-        ready = (
-            self._learned.known and not self._paused and not self._short and self._block_times.again
-        )
-        if not ready or key == self._looked_at or not seconds:
+        self._rates.begin_forward(key)
+        if self.paused or self.streaming.short:
             return
-        self._looked_at = key
-        takes = self._sizes()
-        # Unpacking makes some blocks take longer; it is counted apart.
-        fastest = min(time / max(takes[unit].plain, 1) for unit, time in seconds.items())
-        compute = fastest * sum(unit.plain for unit in takes)
-        self._rates = self._learned.with_compute(compute)
-        now = forward_seconds(takes, self.residency, self._rates)
-        best = forward_seconds(takes, self._choose_within(self._budget.nbytes), self._rates)
-        logger.debug(
-            "a forward computes %.4f s; %.4f s as planned, %.4f at best", compute, now, best
-        )
-        if now > best * WORTH_MOVING:
+        rates = self._rates.news([binding.layout.nbytes for binding in self.bindings])
+        if rates is not None and self.streaming.learn(rates, self._budget.nbytes):
             self._recover()
             self._pause(keep_homes=True)
-
-    def _measure_rates(self) -> None:
-        """Over slots that no engine uses yet."""
-        locked = [binding.stored for binding in self.bindings if binding.tier == PINNED]
-        images = [image for image in locked if isinstance(image, HostImage)]
-        image = max(images, key=lambda image: image.nbytes, default=None)
-        if image is not None and self.slots.nbytes:
-            with ordinary_tensors():
-                self._learned.measure(image, self.slots.memory)
 
     def end_forward(self, completed: bool) -> None:
         if not self.in_forward():
             return  # it never began
         try:
-            self._block_times.end_forward(completed)
+            self._rates.blocks.end_forward(completed)
             self._recover()
             self._step_time.end_forward(completed)
             if self._activations is not None:
@@ -605,11 +245,11 @@ class Offloader(hooks.Attached):
                 self._forwards += 1
                 self._learn_order()
         finally:
-            self._leave_thread()
+            self.thread.leave()
 
     def _look_at_activations(self, activations: Activations, completed: bool) -> None:
         if isinstance(sys.exc_info()[1], torch.OutOfMemoryError):
-            activations.ran_out(allocated(self._largest()))
+            activations.ran_out(allocated(self.streaming.largest))
         activations.end(completed)
 
     def forget_forward(self) -> None:
@@ -625,34 +265,35 @@ class Offloader(hooks.Attached):
         for binding in self.bindings:
             if binding.held:
                 binding.recover()
-        self._prefetcher.abandon(self.compute_stream())
+        self.engine.prefetcher.abandon(self.compute_stream())
 
     def _learn_order(self) -> None:
         """Takes over the order in which a whole forward called the blocks, if it was another."""
-        if self._sequence == self._order:
+        if self._sequence == self.streaming.order:
             return
-        if sorted(self._sequence) == sorted(self._order):
+        if sorted(self._sequence) == sorted(self.streaming.order):
             logger.debug("blocks are called in the order %s", self._sequence)
-            self._order = list(self._sequence)
+            self.streaming.order = list(self._sequence)
             if self.residency.places:  # these follow the order
                 return self._pause(keep_homes=True)
-            self._prefetcher.set_order(self._order)
-            self._prefetcher.prefetch()
+            self.engine.prefetcher.set_order(self.streaming.order)
+            self.engine.prefetcher.prefetch()
 
     def start(self) -> None:
         """Fetches the first blocks, so that the first forward finds them."""
-        self._prefetcher.prefetch()
+        self.engine.prefetcher.prefetch()
 
     # Pausing.
 
     @property
     def paused(self) -> bool:
-        return self._paused
+        """Whether the next forward has to take slots first. Not so once closed."""
+        return not self.engine.running and not self._closed
 
     @property
-    def backend(self) -> Backend:
-        """The engine's; what is page-locked for it is locked through it."""
-        return self._backend
+    def residency(self) -> Residency:
+        """What stays on the device, and how the rest streams."""
+        return self.streaming.residency
 
     @property
     def budget(self) -> Budget:
@@ -662,7 +303,12 @@ class Offloader(hooks.Attached):
     @property
     def prefetch(self) -> int | None:
         """Blocks that are fetched ahead, as asked for; None: as the budget's plan has it."""
-        return self._prefetch
+        return self.streaming.planner.prefetch
+
+    @property
+    def granularity(self) -> str:
+        """What is fetched at once: "block" or "part"."""
+        return self.streaming.planner.granularity
 
     def pause(self, keep_residents: bool = False) -> None:
         """Gives the device's memory and the pinned ring back until the next forward. Idempotent.
@@ -672,28 +318,22 @@ class Offloader(hooks.Attached):
         Ends prefetching, and waits on the host for the copies in flight and for what the device
         still reads from the slots. The weights stay page-locked, true and writable. The next
         forward takes new slots (and staging memory) by itself, and finds its first block cold.
-        Raises
-        ConcurrentForwardError during a forward, TransferTimeout if a copy stalls (it can then be
-        called again). Does nothing once closed.
+        Raises ConcurrentForwardError during a forward, TransferTimeout if a copy stalls (it can
+        then be called again). Does nothing once closed.
         """
         if self._closed:
             return
-        if not self._enter_thread("pause()"):
-            raise ConcurrentForwardError("a forward of this model is running: pause it afterwards")
-        try:
+        with self.thread.between_forwards("pause()", "pause it afterwards"):
             self._pause(keep_homes=keep_residents)
-        finally:
-            self._leave_thread()
 
     def _pause(self, keep_homes: bool = False) -> None:
-        self._paused = True
         self._step_time.restart()
-        self._let_slots_go(keep_homes)
+        self.streaming.let_go(keep_homes)
 
     def set_prefetch(self, prefetch: int | None) -> None:
         """Another number of blocks ahead, and of slots, from the next forward on. Pauses."""
         self.pause()
-        self._prefetch = prefetch
+        self.streaming.planner = replace(self.streaming.planner, prefetch=prefetch)
 
     def set_budget(self, vram_budget: int | str | float | None) -> None:
         """Another ceiling for what the weights take on the device; as of `wrap`.
@@ -708,41 +348,24 @@ class Offloader(hooks.Attached):
                 "this model's offloader is closed: unwrap the model and wrap it again"
             )
         budget = Budget.of(vram_budget, self.device, self.device_bytes)
-        self._choose(budget)
-        if not self._enter_thread("set_budget()"):
-            raise ConcurrentForwardError("a forward of this model is running: set it afterwards")
-        before, self._budget = self._budget, budget
-        try:
-            self._rebuild()
-            self._activations = self._watch(budget)
-            logger.info("%s", self.residency.sentence)
-        except BaseException:
-            self._budget = before
-            raise
-        finally:
-            self._leave_thread()
+        self.streaming.choose(budget.nbytes)
+        with self.thread.between_forwards("set_budget()", "set it afterwards"):
+            before, self._budget = self._budget, budget
+            try:
+                self._rebuild()
+                self._activations = self._watch(budget)
+                logger.info("%s", self.residency.sentence)
+            except BaseException:
+                self._budget = before
+                raise
 
     def _rebuild(self) -> None:
         """Another engine, with what the budget says now; a paused one is made when it is used."""
-        if self._paused:
-            self.residency = self._choose(self._budget)
-            self.homes.keep_only(self._wanted(self.residency))
+        if self.paused:
+            self.streaming.keep_homes_of(self.streaming.choose(self._budget.nbytes))
             return
         self._pause(keep_homes=True)
         self.resume(exactly=True)
-
-    def _let_slots_go(self, keep_homes: bool = False) -> None:
-        if self._connected:
-            self._prefetcher.close()
-            self._connected = False
-            for number, home in self.homes.units.items():
-                home.filled = not home.stale and self._prefetcher.home_filled(number)
-        for binding in self.bindings:
-            binding.forget_views()
-        self._slot_owner.clear()
-        self.slots = self.ring = self.staging = no_memory()
-        if not keep_homes:
-            self.homes.keep_only({})
 
     def resume(self, exactly: bool = False) -> None:
         """New slots and a new engine, with the same units in the same order, if it was paused.
@@ -751,48 +374,16 @@ class Offloader(hooks.Attached):
         `exactly`: also if there is too little for what the budget would have stay on the device;
         else less stays.
         """
-        if not self._paused or self._closed:
+        if not self.paused:
             return
-        self._let_slots_go(keep_homes=True)  # what a pause that stalled left
-        self._planned_for = self._budget.nbytes or 0
-        self._short = False
-        wanted = self._choose_within(self._budget.nbytes) if self._budget.auto else None
-        self._take_what_is_there(wanted or self._choose(self._budget), exactly)
-        for name in _COUNTS:
-            self._past[name] += getattr(self._prefetcher.stats(), name)
-        self._prefetcher.reset_stats()
-        self._make_engine()
-        self._paused = False
-        self._prefetcher.prefetch()
+        ceiling, streaming = self._budget.nbytes, self.streaming
+        choose = streaming.choose_within if self._budget.auto else streaming.choose
+        streaming.make(choose(ceiling), ceiling, exactly)
+        self.engine.prefetcher.prefetch()
 
-    def _take_what_is_there(self, residency: Residency, exactly: bool) -> None:
-        try:
-            self._take_memory(residency)
-        except torch.OutOfMemoryError:
-            had = self.homes.nbytes
-            self._let_slots_go()
-            _give_back_cached(self.device)
-            if exactly or not had:
-                raise
-            # Less by what could not be had, and by one block more, for others.
-            less = residency.device_bytes - self._home_bytes(residency) + had - self._largest()
-            self._short = True
-            logger.warning("the device has too little memory for %s", residency.sentence)
-            self._take_what_is_there(self._choose_within(less), exactly)
-
-    def _choose_within(self, nbytes: int | None) -> Residency:
-        """The residency of a smaller budget; where that is too small, nothing stays."""
-        try:
-            return self._choose(replace(self._budget, nbytes=nbytes))
-        except WrapError:
-            return self._choose(Budget())
-
-    def _home_bytes(self, residency: Residency) -> int:
-        wanted = self._wanted(residency).values()
-        return sum(allocated(image.ALIGNMENT + each.nbytes) for each in wanted)
-
-    def _largest(self) -> int:
-        return max(binding.layout.nbytes for binding in self.bindings)
+    def _watch(self, budget: Budget) -> Activations | None:
+        """Who finds out what an automatic budget is."""
+        return Activations(TorchMemory(self.device)) if budget.auto else None
 
     # Moving the model.
 
@@ -829,40 +420,37 @@ class Offloader(hooks.Attached):
 
     def stats(self) -> Stats:
         """Counts since `wrap` or the last `reset_stats()`, and what is held now."""
-        counted = self._prefetcher.stats()
-        counts = {name: self._past[name] + getattr(counted, name) for name in _COUNTS}
         self._step_time.tell()
-        ring = self._prefetcher.ring_bytes
+        ring = self.engine.prefetcher.ring_bytes
         in_tier = dict.fromkeys((PINNED, PAGEABLE, DISK), 0)
         for binding in self.bindings:
             in_tier[binding.tier] += binding.image.nbytes
         return Stats(
             forwards=self._forwards,
-            **counts,
+            **self.engine.counts(),
             units=len(self.bindings),
-            slots=self.slots.count,
+            slots=self.memory.slots.count,
             host_bytes=in_tier[PINNED] + in_tier[PAGEABLE],
             disk_bytes=in_tier[DISK],
             plain_bytes=sum(binding.layout.nbytes for binding in self.bindings),
             unpacked_bytes=self.recently_read.nbytes,
             locked_bytes=in_tier[PINNED] + ring,
-            slot_bytes=self.slots.nbytes + self.ring.nbytes,
+            slot_bytes=self.memory.passing_bytes,
             ring_bytes=ring,
             predicted_step_seconds=self._step_time.predicted,
             measured_step_seconds=self._step_time.measured(),
             packed_units=sum(isinstance(binding.image, PackedImage) for binding in self.bindings),
-            staging_bytes=self.staging.nbytes,
-            resident_units=sum(not h.wanted.as_stored for h in self.homes.units.values()),
-            kept_packed_units=sum(h.wanted.as_stored for h in self.homes.units.values()),
-            resident_bytes=sum(home.place.nbytes for home in self.homes.units.values()),
+            staging_bytes=self.memory.staging.nbytes,
+            resident_units=sum(not h.wanted.as_stored for h in self.memory.homes.units.values()),
+            kept_packed_units=sum(h.wanted.as_stored for h in self.memory.homes.units.values()),
+            resident_bytes=sum(home.place.nbytes for home in self.memory.homes.units.values()),
             device_bytes=self.device_bytes,
         )
 
     @property
     def device_bytes(self) -> int:
         """Of all weights on the device, now, as the allocator counts them."""
-        passing = (self.slots, self.ring, self.staging)
-        return self._others + self.homes.nbytes + sum(allocated(each.nbytes) for each in passing)
+        return self.streaming.device_bytes
 
     def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:
         """What a denoising step should take; the second step from here on is measured."""
@@ -871,17 +459,16 @@ class Offloader(hooks.Attached):
     def reset_stats(self) -> None:
         """Sets the counts of `stats()` to 0."""
         self._forwards = 0
-        self._past = dict.fromkeys(_COUNTS, 0)
-        self._prefetcher.reset_stats()
+        self.engine.reset_counts()
 
     def recent_events(self) -> str:
         """The engine's last events, a line each, newest last."""
-        return self._prefetcher.recent_events()
+        return self.engine.prefetcher.recent_events()
 
     @property
     def copy_stream(self) -> int:
         """The stream of the copies: on CUDA for `torch.cuda.ExternalStream`. For tests, traces."""
-        return self._prefetcher.copy_stream
+        return self.engine.prefetcher.copy_stream
 
     def poison_slots(self, value: int | None = 0xFF) -> None:
         """Debug: from here on each slot is overwritten with this byte (0xFF: NaN) before a fill.
@@ -889,17 +476,7 @@ class Offloader(hooks.Attached):
         A kernel that reads a slot too late, or a copy that comes too early, then shows in the
         output. Costs device bandwidth, no synchronization. None turns it off.
         """
-        self._poison = value
-        self._prefetcher.set_poison(value)
-
-    def slot_fingerprint(self, index: int, slot: int, nbytes: int) -> int:
-        """The fingerprint of a block's bytes in its slot or home. Waits for the device."""
-        window = self.place(index, slot).window(nbytes)
-        if self.device.type != "cuda":
-            return fingerprint(window.data_ptr(), nbytes)
-        from wanoffload.kernels.fingerprint import fingerprint as device_fingerprint
-
-        return device_fingerprint(window)
+        self.engine.set_poison(value)
 
     # The end.
 
@@ -915,9 +492,9 @@ class Offloader(hooks.Attached):
         """
         if self._closed:
             return
-        if self._owner:
+        if self.thread.is_any():
             raise ConcurrentForwardError("a forward of this model is running: close it afterwards")
-        self._let_slots_go()
+        self.streaming.let_go(keep_homes=False)
         self._closed = True
         for binding in self.bindings:
             binding.close()

@@ -18,6 +18,7 @@ from wanoffload._C import Backend, HostImage, HostStore
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget, BudgetLike
 from wanoffload.device_memory import SlotMemory, as_allocated
+from wanoffload.engine import backend_for
 from wanoffload.errors import WrapError
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import AUTO, DISK, HostChoice, HostPlan, assign
@@ -26,8 +27,8 @@ from wanoffload.loading.cached_weights import CachedWeights
 from wanoffload.pack_choice import AUTO_PACK, Pack, Packable, check_pack, choose
 from wanoffload.packing import estimated_bytes, packs, stored_image
 from wanoffload.placing import Placing
-from wanoffload.ring_plan import choose_parts, parts_of
-from wanoffload.runtime import Offloader, backend_for
+from wanoffload.residency_planner import ResidencyPlanner
+from wanoffload.runtime import Offloader
 from wanoffload.shared_arena import SharedArena, check_name
 from wanoffload.sharing import joined
 from wanoffload.together import wholes
@@ -504,11 +505,10 @@ class _Wrapping:
         self.device = device
         self.backend = backend
         self.arena = arena
-        self.prefetch = prefetch
+        self.planner = ResidencyPlanner(
+            bytes_of_others(model, units), prefetch, granularity, any_compiled(units)
+        )
         self.budget = budget
-        self.granularity = granularity
-        self.others = bytes_of_others(model, units)
-        self.compiled = any_compiled(units)
         self.verify = verify
         self.progress = progress
         self.runtime: Offloader | None = None
@@ -518,7 +518,7 @@ class _Wrapping:
         try:
             self.weights.prepare(self.units, self.layouts, self.placing.plan)
             self.runtime = self._make_runtime()
-            self.placing.prepare(self.device, self.runtime.slots)
+            self.placing.prepare(self.device, self.runtime.memory.slots)
             self._place_others(self.runtime)
             self._write_units(self.runtime)
             self._connect()
@@ -530,36 +530,19 @@ class _Wrapping:
 
     def _make_runtime(self) -> Offloader:
         slot_bytes = max(layout.nbytes for layout in self.layouts)
-        expected = self._expected_residency()
+        expected = self.planner.expect(
+            self.units, self.layouts, self.placing.plan, self.budget.nbytes
+        )
         # One at least, of the largest size: blocks are packed there.
         slots = SlotMemory(max(1, expected.slots), slot_bytes, self.device)
         return Offloader(
             device=self.device,
             backend=self.backend,
             slots=slots,
-            prefetch=self.prefetch,
+            planner=self.planner,
             host_plan=self.placing.plan,
             verify=self.verify,
             budget=self.budget,
-            others=self.others,
-            granularity=self.granularity,
-            compiled=self.compiled,
-        )
-
-    def _expected_residency(self) -> residency.Residency:
-        """By what packed blocks are expected to take. Raises WrapError if the budget is too small
-        for any."""
-        plan = self.placing.plan
-        takes = [
-            residency.UnitBytes(layout.nbytes, plan.sizes[number], number in plan.packed)
-            for number, layout in enumerate(self.layouts)
-        ]
-        limit, asked = self.budget.nbytes, self.prefetch
-        if self.granularity == BLOCK:
-            return residency.choose(takes, limit, others=self.others, prefetch=asked)
-        parts = parts_of(self.units, self.layouts, takes)
-        return choose_parts(
-            parts, limit, others=self.others, prefetch=asked, together=self.compiled
         )
 
     def _place_others(self, runtime: Offloader) -> None:

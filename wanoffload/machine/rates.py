@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from wanoffload._C import HostStore
+from wanoffload.engine import backend_for
 from wanoffload.errors import OffloadError
 from wanoffload.machine.clock import Clock, Run
-from wanoffload.runtime import backend_for
 
 HEADS, HEAD_SIZE = 40, 128
 LAUNCHES = 300

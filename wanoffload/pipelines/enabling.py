@@ -165,7 +165,7 @@ def with_own_weights(machine: Hardware, modules: Iterable[nn.Module]) -> Hardwar
     modules = list(modules)
     wrapped = [known.runtime for known in map(find_wrapped, modules) if known is not None]
     wrapped_here = [runtime for runtime in wrapped if runtime.device.type == "cuda"]
-    slots = sum(runtime.slots.nbytes + runtime.ring.nbytes for runtime in wrapped_here)
+    slots = sum(runtime.memory.passing_bytes for runtime in wrapped_here)
     tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}.values()
     kept = host_memory.bytes_not_given_back(tensors)
     on_device = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")

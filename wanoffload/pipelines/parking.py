@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from wanoffload import host_memory, image
 from wanoffload._C import HostImage, HostStore
+from wanoffload.engine import backend_for
 from wanoffload.host_tensor import HostTensor, ordinary_tensors
-from wanoffload.runtime import backend_for
 from wanoffload.units import tie_key
 
 IMAGE_BYTES = 1 << 30

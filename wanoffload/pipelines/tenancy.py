@@ -81,7 +81,7 @@ class StreamedTenant:
     def arrive(self) -> None:
         """The offloader resumes by itself. Another's blocks make room."""
         other = self.floor.residents
-        if other is not None and other is not self.runtime and other.homes.units:
+        if other is not None and other is not self.runtime and other.memory.homes.units:
             other.forget_forward()  # one that was interrupted: this thread is in another's
             other.pause()
         self.floor.residents = self.runtime
