@@ -16,6 +16,7 @@ from tests.test_load_pipeline import load_it, ordinary, saved
 from tests.test_pipeline import HERE, STREAMING, planned
 from wanoffload import Hardware, Workload, enable, offloader
 from wanoffload.pipelines.enabling import plan_of
+from wanoffload.residency import Rates
 
 __all__ = ["planned", "poisoned_homes", "saved"]
 
@@ -68,6 +69,22 @@ def test_what_stays_is_not_brought_again_by_the_next_call(planned: Any) -> None:
     kind.run(pipe)
     assert runtime.stats().bytes_fetched == fetched
     assert runtime.stats().resident_units == runtime.stats().units
+
+
+def test_each_expert_is_told_what_its_forwards_are_up_against(planned: Any) -> None:
+    first, second = Rates(1.0, 100.0, 0.1), Rates(1.0, 100.0, 0.2)
+    packed = replace(WITHIN, pack_share=1.0, budget_of_one=64 << 20, rates=(first, second))
+
+    def told(plan: Any) -> list[Rates | None]:
+        planned(plan)
+        pipe = KIND.make()
+        enable(pipe, workload=CALL, hardware=HERE)
+        return [offloader(expert).streaming.planner.rates for expert in experts(pipe)]
+
+    assert told(packed) == [first, second]
+    assert told(replace(packed, rates=(None, second))) == [None, second]
+    assert told(replace(packed, rates=(first,))) == [first, None]  # facts of another pipeline
+    assert told(replace(packed, budget_of_one=None)) == [None, None]
 
 
 def test_nothing_stays_while_others_need_the_room(planned: Any) -> None:

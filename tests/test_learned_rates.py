@@ -138,6 +138,33 @@ def test_plain_blocks_stay_where_the_link_does_not_bind(told: dict[str, Rates]) 
     assert forward_seconds(sizes, now, SLOW_COMPUTE) < forward_seconds(sizes, before, SLOW_COMPUTE)
 
 
+def test_what_is_expected_counts_until_it_is_found_out(told: dict[str, Rates]) -> None:
+    told["now"] = SLOW_LINK
+    model, runtime = streamed(4)
+    before = runtime.residency
+    runtime.expect(None, 1, SLOW_LINK)
+    assert not runtime.paused  # that is how blocks stay already
+    runtime.expect(None, 1, SLOW_COMPUTE)
+    run_model(model, 1)
+    now = runtime.residency
+    assert len(now.resident) > len(before.resident)
+    assert now.decoded_bytes < before.decoded_bytes
+    run_model(model, 4)
+    assert runtime.residency.decoded_bytes > now.decoded_bytes
+
+
+@pytest.mark.parametrize("options", [{"pack": False}, {"granularity": "part"}])
+def test_rates_are_expected_of_packed_blocks_alone(
+    told: dict[str, Rates], options: dict[str, Any]
+) -> None:
+    model, runtime = streamed(2, **options)
+    before = runtime.residency
+    runtime.expect(None, 1, SLOW_COMPUTE)
+    assert runtime.streaming.planner.rates is None
+    run_model(model, 3)
+    assert runtime.residency == before
+
+
 def test_the_block_that_nothing_got_in_the_way_of_says_how_long_all_take(
     told: dict[str, Rates], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ class StandIn:
     fits: bool = True
     messages: tuple[str, ...] = ()
     facts: ModelFacts = field(default_factory=ModelFacts)
+    rates: tuple[Any, ...] = ()
 
 
 STREAMING = StandIn(True, False, 1, ALL)

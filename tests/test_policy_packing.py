@@ -175,6 +175,23 @@ def test_a_packed_step_under_a_budget_is_that_of_the_residency(
     assert found.kept_packed_units == len(stays.kept_packed)
 
 
+def test_a_plan_tells_what_the_forwards_of_each_expert_are_up_against() -> None:
+    chosen: dict[str, Any] = {"dit_layerwise_offload": True, "pack": True}
+    made = plan(A14B, MEDIUM, card("80GB"), vram_budget="12GB", **chosen)
+    assert made.rates == [within.rates(0.78, card("80GB"))] * 2
+    two = plan(A14B, replace(MEDIUM, videos=2), card("80GB"), vram_budget="12GB", **chosen)
+    assert two.rates == [within.rates(2 * 0.78, card("80GB"))] * 2
+    plain = {**chosen, "pack": False}
+    for workload, machine, options in (
+        (None, card("80GB"), {**chosen, "vram_budget": "12GB"}),
+        (MEDIUM, None, {**chosen, "vram_budget": "12GB"}),
+        (MEDIUM, card("80GB"), chosen),
+        (MEDIUM, card("80GB"), {**plain, "vram_budget": "12GB"}),
+        (MEDIUM, card("80GB"), {**chosen, "vram_budget": "12GB", "granularity": "part"}),
+    ):
+        assert plan(A14B, workload, machine, **options).rates == [None, None]
+
+
 def test_copies_are_slower_beside_compute_and_decoding() -> None:
     rates = within.rates(0.3, card(None))
     assert (rates.link_gb_per_s, rates.compute_s) == (50 * BESIDE_COMPUTE, 0.3)

@@ -26,7 +26,7 @@ from wanoffload.forward_thread import ForwardThread
 from wanoffload.host_tiers import DISK, PAGEABLE, PINNED, HostPlan
 from wanoffload.learned_rates import ForwardRates
 from wanoffload.recently_read import UNPACKED_UNITS, RecentlyRead
-from wanoffload.residency import Residency, allocated
+from wanoffload.residency import Rates, Residency, allocated
 from wanoffload.residency_planner import ResidencyPlanner
 from wanoffload.stats import Stats
 from wanoffload.step_time import StepTime
@@ -452,9 +452,16 @@ class Offloader(hooks.Attached):
         """Of all weights on the device, now, as the allocator counts them."""
         return self.streaming.device_bytes
 
-    def expect(self, step_seconds: float | None, forwards_per_step: int) -> None:
-        """What a denoising step should take; the second step from here on is measured."""
+    def expect(
+        self, step_seconds: float | None, forwards_per_step: int, rates: Rates | None = None
+    ) -> None:
+        """What a denoising step should take; the second step from here on is measured. `rates`:
+        what its forwards should be up against, until that is found out; between forwards."""
         self._step_time.expect(step_seconds, forwards_per_step)
+        if rates is not None and self.streaming.depends_on_rates(self._budget.nbytes):
+            worth_it = self.streaming.learn(rates, self._budget.nbytes)
+            if worth_it and not self.paused:
+                self._pause(keep_homes=True)
 
     def reset_stats(self) -> None:
         """Sets the counts of `stats()` to 0."""

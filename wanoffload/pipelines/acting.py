@@ -133,18 +133,19 @@ class Enabled(hooks.Attached):
         self._change(wanted)
         self.plan = plan
         self._workload = workload
-        for runtime in self._dit_runtimes():
-            self._expect(runtime)
+        for number, runtime in self._dit_runtimes():
+            self._expect(number, runtime)
 
-    def _expect(self, runtime: Any) -> None:
+    def _expect(self, number: int, runtime: Any) -> None:
         """A prediction for this machine, and page-locked weights, is compared with what is
-        measured."""
+        measured. `number`: of the DiT, in the plan."""
         known = self._workload
         elsewhere = set(runtime.tiers) != {PINNED} or self._hardware.platform != self.device.type
         if known is None or elsewhere:
             runtime.expect(None, 1)
         else:
-            runtime.expect(self.plan.step_seconds, known.forwards_per_step)
+            rates = dict(enumerate(self.plan.rates)).get(number)
+            runtime.expect(self.plan.step_seconds, known.forwards_per_step, rates)
 
     # Acting.
 
@@ -204,16 +205,16 @@ class Enabled(hooks.Attached):
             plan = self._decide(workload)
             self._adopt(plan, workload, self._treatments(plan))
             self._undecided = False
-        for runtime in self._dit_runtimes():
+        for number, runtime in self._dit_runtimes():
             if workload != self._workload:
                 runtime.expect(None, 1)
             elif runtime.stats().predicted_step_seconds is None:
-                self._expect(runtime)
+                self._expect(number, runtime)
 
     def after_call(self) -> None:
         """However the call ended."""
         self._clear_floor()
-        for runtime in self._dit_runtimes():
+        for _, runtime in self._dit_runtimes():
             runtime.stats()  # which compares the step's time with the predicted one
 
     def _clear_floor(self) -> None:
@@ -223,9 +224,10 @@ class Enabled(hooks.Attached):
                 component.runtime.forget_forward()
         self.floor.clear()
 
-    def _dit_runtimes(self) -> list[Any]:
-        components = self.components.values()
-        return [c.runtime for c in components if role(c.name) == DIT and c.runtime is not None]
+    def _dit_runtimes(self) -> list[tuple[int, Any]]:
+        """Of those that stream, with their numbers in the plan."""
+        dits = [each for each in self.components.values() if role(each.name) == DIT]
+        return [(n, each.runtime) for n, each in enumerate(dits) if each.runtime is not None]
 
     def _check_components(self, pipe: Any) -> None:
         """A component that was taken away becomes ordinary; one that was replaced is refused."""

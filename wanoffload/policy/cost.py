@@ -7,6 +7,7 @@ step, bytes on the device and on the host. The constants below were measured on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from wanoffload.apart import BLOCK, PART
@@ -199,7 +200,7 @@ def predict(
     facts = facts.streamed_in(placement.granularity)
     tokens = facts.tokens(workload) if workload else 0
     videos = workload.videos if workload else 1
-    stay = _what_stays(facts, placement, budget, tokens, videos, machine)
+    stay = _what_stays(facts, placement, budget, rates(facts, placement, workload, machine))
     # Before it is known what a forward is up against, and again for other shapes of inputs.
     unsettled = _what_stays(facts, placement, budget)
     activations = videos * max((_activations(dit, tokens) for dit in facts.dits), default=0)
@@ -272,41 +273,43 @@ def slots_bytes(component: ComponentFacts, prefetch: int) -> int:
     return SLOT_LEAD_BYTES + count * max(component.block_bytes)
 
 
+def rates(
+    facts: ModelFacts, placement: Placement, workload: Workload | None, machine: Hardware
+) -> list[Rates | None]:
+    """What forwards of each DiT are up against. None: that is not known, or what stays does not
+    depend on it: it does where blocks are packed."""
+    whole = placement.packed > 0 and placement.granularity == BLOCK
+    if workload is None or not whole:
+        return [None] * len(facts.dits)
+    tokens = facts.tokens(workload)
+    alone = [forward_seconds(dit, tokens, machine) for dit in facts.dits]
+    return [
+        within.rates(workload.videos * each, machine) if each is not None else None
+        for each in alone
+    ]
+
+
 def _what_stays(
     facts: ModelFacts,
     placement: Placement,
     budget: int | None,
-    tokens: int = 0,
-    videos: int = 1,
-    machine: Hardware | None = None,
+    against: Sequence[Rates | None] | None = None,
 ) -> list[Residency]:
     """Of each DiT; nothing where nothing is streamed, or the budget is none or too small. Of parts
     also without a budget: then it says how large their ring is.
 
-    `tokens`, `videos`, `machine`: of a forward for which it is quickest. Without them it is chosen
-    by bytes alone.
+    `against`: what forwards are up against; None: it is chosen by bytes alone.
     """
     how = placement.granularity
     if placement.kind != STREAM or (budget is None and how == BLOCK):
         return []
     part = within.share_of_one(facts, budget) if budget is not None else None
     form = placement.packed, placement.prefetch, part, how
+    known = against or [None] * len(facts.dits)
     found = (
-        within.residency(dit, *form, _rates(dit, placement, tokens, videos, machine))
-        for dit in facts.dits
+        within.residency(dit, *form, each) for dit, each in zip(facts.dits, known, strict=True)
     )
     return [residency for residency in found if residency is not None]
-
-
-def _rates(
-    dit: DitFacts, placement: Placement, tokens: int, videos: int, machine: Hardware | None
-) -> Rates | None:
-    """What a forward is up against. None: that is not known, or what stays does not depend on it:
-    it does where blocks are packed."""
-    if machine is None or not placement.packed or placement.granularity == PART:
-        return None
-    alone = forward_seconds(dit, tokens, machine) if tokens else None
-    return within.rates(videos * alone, machine) if alone is not None else None
 
 
 def _weights_while_denoising(

@@ -19,7 +19,8 @@ from wanoffload.machine.hardware import Hardware
 from wanoffload.policy import compare, cost, forms, remedies, rules, within
 from wanoffload.policy.choices import AUTO, Choices, check_mode
 from wanoffload.policy.compare import EQUAL, Considered, Problem, seconds
-from wanoffload.policy.cost import STREAM, WHOLE, Candidate
+from wanoffload.policy.cost import STREAM, WHOLE, Candidate, Placement
+from wanoffload.residency import Rates
 from wanoffload.sizes import gb
 from wanoffload.workload import Workload
 
@@ -81,6 +82,16 @@ class Plan:
         if isinstance(self.vram_budget, str):
             return AUTO
         return within.share_of_one(self.facts.streamed_in(self.granularity), self.vram_budget)
+
+    @property
+    def rates(self) -> list[Rates | None]:
+        """What forwards of each DiT are up against. None: that is not known, or nothing that stays
+        under a budget depends on it."""
+        if self.hardware is None or self.budget_of_one is None:
+            return [None] * len(self.facts.dits)
+        placement = Placement(STREAM, packed=self.pack_share or 0.0, granularity=self.granularity)
+        machine, _ = cost.with_assumed_rates(self.hardware)
+        return cost.rates(self.facts, placement, self.workload, machine)
 
     def explain(self) -> str:
         """The plan in plain text: what was decided, by which rule, and what was compared."""
