@@ -14,7 +14,8 @@ from torch import nn
 
 import wanoffload
 from tests.small_models import MODELS, forward
-from wanoffload import ClosedError, ConcurrentForwardError, Offloader, WrapError
+from wanoffload import ClosedError, ConcurrentForwardError, HostMemoryError, Offloader, WrapError
+from wanoffload._C import Prefetcher
 from wanoffload.budget import Budget
 from wanoffload.device_memory import SlotMemory
 from wanoffload.residency import ALIGN_BYTES, UnitBytes, allocated, least
@@ -323,6 +324,34 @@ def test_a_budget_that_the_device_lacks_is_refused_and_the_model_goes_on(
             assert len(made) <= nth
     check_outputs(model, 2)
     assert runtime.device_bytes <= (runtime.budget.nbytes or 0)
+
+
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_an_engine_that_could_not_take_all_units_is_given_up_and_made_again(
+    nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrapped(vram_budget=budget_for("wan22_5b", 100, False))
+    runtime = wanoffload.offloader(model)
+    check_outputs(model, 1)
+    assert nth < len(runtime.memory.homes.units) == len(runtime.bindings)
+    runtime.pause(keep_residents=True)
+
+    class Refusing(Prefetcher):
+        def add_unit(self, *args: Any, **options: Any) -> int:
+            if self.unit_count == nth:
+                raise HostMemoryError("injected")
+            return super().add_unit(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wanoffload.engine.Prefetcher", Refusing)
+        for _ in range(2):
+            with pytest.raises(HostMemoryError, match="injected"):
+                forward(model, KIND.inputs())
+        assert runtime.paused
+        runtime.pause(keep_residents=True)
+    before = runtime.stats().fetches
+    check_outputs(model, 2)
+    assert runtime.stats().fetches == before  # they have stood in their homes all the while
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -84,10 +84,12 @@ class Engine:
         """
         self.running = False
         if not self._closed:
+            known = self.prefetcher.unit_count  # not all, if opening it failed
             self.prefetcher.close()
             self._closed = True
             for number, home in self.memory.homes.units.items():
-                home.filled = not home.stale and self.prefetcher.home_filled(number)
+                if number < known:
+                    home.filled = not home.stale and self.prefetcher.home_filled(number)
             self._counted = self.counts()
             self.prefetcher.reset_stats()
         self._keeps.clear()
