@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 State = dict[str, Any]
-_spawning = multiprocessing.get_context("spawn")
+# Each is forked from one that has imported this, which takes seconds, and has done nothing else.
+_forking = multiprocessing.get_context("forkserver")
+_forking.set_forkserver_preload(["diffusers", "wanoffload", "tests.small_models"])
 
 
 class Peer:
     def __init__(self) -> None:
-        self._ours, theirs = _spawning.Pipe()
-        self._process = _spawning.Process(target=_serve, args=(theirs,), daemon=True)
+        self._ours, theirs = _forking.Pipe()
+        self._process = _forking.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
 
