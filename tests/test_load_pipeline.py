@@ -233,7 +233,8 @@ def test_another_treatment_at_a_later_call_and_back(host: str, planned, saved: A
         for pipe in (ours, theirs):
             with torch.no_grad():
                 pipe.transformer_2.blocks[1].ffn.net[2].bias.add_(0.5)
-    assert all(torch.equal(value, values(theirs)[name]) for name, value in values(ours).items())
+    right = values(theirs)
+    assert all(torch.equal(value, right[name]) for name, value in values(ours).items())
 
 
 def test_a_lora_loaded_afterwards_counts(saved: Any, tmp_path: Path) -> None:
