@@ -200,17 +200,15 @@ def predict(
     facts = facts.streamed_in(placement.granularity)
     tokens = facts.tokens(workload) if workload else 0
     videos = workload.videos if workload else 1
-    stay = _what_stays(facts, placement, budget, rates(facts, placement, workload, machine))
+    against = rates(facts, placement, workload, machine)
+    stay = _what_stays(facts, placement, budget, against)
     # Before it is known what a forward is up against, and again for other shapes of inputs.
-    unsettled = _what_stays(facts, placement, budget)
+    unsettled = _what_stays(facts, placement, budget) if any(against) else stay
     activations = videos * max((_activations(dit, tokens) for dit in facts.dits), default=0)
-    denoising, at_worst = (
-        Stage(weights + _standing(facts, around), activations)
-        for weights in (
-            _weights_while_denoising(facts, placement, budget, stay),
-            _weights_while_denoising(facts, placement, budget, unsettled),
-        )
-    )
+    weights = _weights_while_denoising(facts, placement, budget, stay)
+    denoising = Stage(weights + _standing(facts, around), activations)
+    most = _weights_while_denoising(facts, placement, budget, unsettled)
+    at_worst = Stage(most + _standing(facts, around), activations)
     others = _other_stages(facts, placement, around, workload)
     kept = max(within.kept_bytes(facts, stay), default=0)
     kept_at_worst = max(kept, *within.kept_bytes(facts, unsettled), 0)
@@ -227,7 +225,7 @@ def predict(
         start_seconds=_start_seconds(facts, placement, around, machine),
         device_peak_bytes=max(stage.peak_bytes for stage in (denoising, *others)),
         device_need_bytes=need + RESERVE_BYTES,
-        device_weight_bytes=_weights_while_denoising(facts, placement, budget, stay),
+        device_weight_bytes=weights,
         host_locked_bytes=_locked(facts, placement, around),
         link_bytes=_link_bytes(facts, placement, stay),
         staging_bytes=_staging(facts, placement, stay),
