@@ -21,12 +21,8 @@ CopyEngine::CopyEngine(BackendPtr backend, EngineOptions options)
       options_(std::move(options)),
       copied_(backend_),
       unpacked_(backend_),
-      at_home_(backend_),
       stream_(backend_) {
-  if (options_.staging.unpacks()) {
-    staging_.emplace(backend_, options_.staging);
-    homes_.emplace(backend_, StreamPriority::kHigh);
-  }
+  if (!options_.staging.slots.empty()) staging_.emplace(backend_, options_.staging);
   queue_.reserve(64);
 }
 
@@ -54,9 +50,7 @@ void CopyEngine::check_staging(const Image& image, DeviceAddress destination,
   const Packing* const packing = image.packing();
   if (packing == nullptr) return;
   StagingRing::check_aligned(destination, "the place of a packed image");
-  if (source != 0 && staging_) {
-    return StagingRing::check_aligned(source, "the place of packed bytes");
-  }
+  if (source != 0) return StagingRing::check_aligned(source, "the place of packed bytes");
   if (!staging_) {
     throw UsageError("a packed image needs staging memory on the device, of " +
                      std::to_string(packing->largest_chunk) +
@@ -70,13 +64,12 @@ void CopyEngine::check_staging(const Image& image, DeviceAddress destination,
 
 // The stream that writes to the transfer's destination.
 StreamHandle CopyEngine::way_of(const Transfer& transfer) const {
-  if (transfer.packing() == nullptr) return stream();
-  return transfer.source != 0 ? home_stream() : unpack_stream();
+  if (transfer.source != 0) return transfer.reader;
+  return transfer.packing() == nullptr ? stream() : unpack_stream();
 }
 
 EventHandle CopyEngine::end_of(StreamHandle way) const {
-  if (way == stream()) return copied_.handle();
-  return way == unpack_stream() ? unpacked_.handle() : at_home_.handle();
+  return way == stream() ? copied_.handle() : unpacked_.handle();
 }
 
 void CopyEngine::reset(Transfer& transfer) {
@@ -96,7 +89,7 @@ void CopyEngine::enter_next(Transfer& transfer) {
   const StreamHandle way = way_of(transfer);
   if (transfer.entered_ == 0) {
     come_behind_unread(transfer, way);
-    transfer.unread_on_ = way;
+    transfer.unread_on_ = transfer.source != 0 ? 0 : way;
   }
   const Stretch& stretch = transfer.stretches[transfer.entered_];
   for (std::size_t i = stretch.first_wait; i < stretch.end_wait; ++i) {
@@ -196,7 +189,7 @@ UnpackJob CopyEngine::job_of(const Transfer& transfer, const PackedChunk& chunk,
 void CopyEngine::unpack_in_place(Transfer& transfer) {
   enter_all(transfer);
   for (const PackedChunk& chunk : transfer.packing()->chunks) {
-    backend_->unpack(job_of(transfer, chunk, transfer.source + chunk.offset), home_stream());
+    backend_->unpack(job_of(transfer, chunk, transfer.source + chunk.offset), transfer.reader);
   }
 }
 
@@ -275,7 +268,7 @@ bool CopyEngine::settled(const Transfer& transfer) const {
 
 void CopyEngine::drain() {
   std::vector<StreamHandle> ways{stream()};
-  if (staging_) ways.insert(ways.end(), {unpack_stream(), home_stream()});
+  if (staging_) ways.push_back(unpack_stream());
   for (const StreamHandle way : ways) backend_->record(end_of(way), way);
   for (const StreamHandle way : ways) synchronize(*backend_, end_of(way), options_.timeout);
 }

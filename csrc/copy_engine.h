@@ -2,7 +2,7 @@
 // A page-locked image is enqueued by the caller's thread as one copy. Everything else goes through
 // the pinned ring, filled by the engine's threads: from memory, or from files. Either way, a packed
 // image is copied chunk by chunk into the staging ring, and unpacked from there on that ring's
-// stream.
+// stream. One whose packed bytes the device has is not copied: whoever needs it unpacks it.
 #pragma once
 
 #include <atomic>
@@ -52,6 +52,7 @@ class Transfer {
   std::vector<StreamHandle> behind;   // what these are given until then precedes all of it, too
   bool as_stored = false;    // packed bytes stay packed: they are brought as if they were plain
   DeviceAddress source = 0;  // where the device has the image's packed bytes; 0: the host has them
+  StreamHandle reader = 0;   // where they are unpacked then: on the stream that reads them next
   EventHandle ready = 0;     // recorded behind the last byte
   std::uint64_t generation = 0;  // which fill of its destination this is
 
@@ -110,8 +111,8 @@ class Transfer {
 //
 // What stands in a transfer's place is overwritten stretch by stretch, as it comes free.
 // A packed image's `wait_for` and `ready` are the unpack stream's: copies into the staging ring run
-// ahead of a destination that is still being read. If the device has its packed bytes they are the
-// home stream's. All streams wait only for events that were recorded before the wait was issued, so
+// ahead of a destination that is still being read. If the device has its packed bytes they are its
+// reader's. All streams wait only for events that were recorded before the wait was issued, so
 // none can wait for itself.
 class CopyEngine {
  public:
@@ -123,9 +124,6 @@ class CopyEngine {
   [[nodiscard]] StreamHandle stream() const { return stream_.handle(); }
   // Where packed images are unpacked that come over the link; 0 if there is no staging memory.
   [[nodiscard]] StreamHandle unpack_stream() const { return staging_ ? staging_->stream() : 0; }
-  // Where those are unpacked whose packed bytes the device has: they don't wait for copies. 0 if
-  // there is no staging memory.
-  [[nodiscard]] StreamHandle home_stream() const { return homes_ ? homes_->handle() : 0; }
   // Throws UsageError, with what is missing, if the image is packed and can't be unpacked to there;
   // `source`: as a Transfer's.
   void check_staging(const Image& image, DeviceAddress destination, DeviceAddress source) const;
@@ -215,13 +213,11 @@ class CopyEngine {
   std::atomic<int> poison_{kNoPoison};
   Event copied_;    // the end of the copy stream, for whoever has to come behind it
   Event unpacked_;  // of the unpack stream
-  Event at_home_;   // and of the home stream
   std::optional<PinnedRing> ring_;
   // Either stream may be drained (on the host, by its end) while the other is there or has ended:
   // each waits only for what the other was given before.
   std::optional<StagingRing> staging_;
-  std::optional<Stream> homes_;  // there with staging_
-  Stream stream_;                // behind what its copies use: it goes first
+  Stream stream_;  // behind what its copies use: it goes first
 
   std::mutex intake_;  // held from choosing a chunk to having a buffer for it: buffers are handed
                        // out in the order of turns, so the next turn always has one

@@ -149,8 +149,24 @@ const std::vector<int>& DeviceSlots::holders(int slot) {
   return holders_;
 }
 
-void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& engine,
-                       DeviceAddress source) {
+void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& engine) {
+  make_way(index, image).source = 0;
+  submit(index, unit, engine);
+}
+
+void DeviceSlots::unpack(int index, int unit, const ImagePtr& image, CopyEngine& engine,
+                         DeviceAddress source, StreamHandle stream) {
+  SlotReader& reader = reader_of((*this)[index], stream);
+  Transfer& transfer = make_way(index, image);
+  transfer.source = source;
+  transfer.reader = stream;
+  reader.read = true;
+  reader.recorded = false;
+  submit(index, unit, engine);
+}
+
+// Ends what the slot's memory holds, and puts together what the next fill waits for.
+Transfer& DeviceSlots::make_way(int index, const ImagePtr& image) {
   Slot& slot = (*this)[index];
   const std::size_t bytes = slot.transfer.as_stored ? image->bytes() : image->plain_bytes();
   if (bytes > slot.bytes) {
@@ -177,8 +193,12 @@ void DeviceSlots::fill(int index, int unit, const ImagePtr& image, CopyEngine& e
   }
   take_over(index);
   slot.transfer.image = image;
-  slot.transfer.source = source;
   slot.transfer.generation = ++slot.generation;
+  return slot.transfer;
+}
+
+void DeviceSlots::submit(int index, int unit, CopyEngine& engine) {
+  Slot& slot = (*this)[index];
   engine.submit(slot.transfer);
   slot.unit = unit;
   slot.fresh = true;

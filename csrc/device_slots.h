@@ -101,10 +101,13 @@ class DeviceSlots {
   // a unit. Valid until the next call.
   [[nodiscard]] const std::vector<int>& holders(int slot);
   // Starts to bring an image into a slot. Its holders must be settled and unused; they lose what
-  // they hold. The slot belongs to `unit` from here on, or to nobody if this throws. `source`: as a
-  // Transfer's.
-  void fill(int slot, int unit, const ImagePtr& image, CopyEngine& engine,
-            DeviceAddress source = 0);
+  // they hold. The slot belongs to `unit` from here on, or to nobody if this throws.
+  void fill(int slot, int unit, const ImagePtr& image, CopyEngine& engine);
+  // The same from packed bytes that the device has at `source`, on the stream that will read the
+  // slot. It counts among the slot's readers from here on, so that what is brought there next comes
+  // behind the unpacking, even if this throws.
+  void unpack(int slot, int unit, const ImagePtr& image, CopyEngine& engine, DeviceAddress source,
+              StreamHandle reader);
   // Makes `stream` wait for the slot's bytes and counts one user. The transfer must be settled.
   // Throws TransferError if the bytes are known to be spoilt, which the host backend tells when
   // `stream` is the calling thread.
@@ -125,6 +128,8 @@ class DeviceSlots {
   [[nodiscard]] const Slot& at(int slot) const { return slots_[static_cast<std::size_t>(slot)]; }
   void add_slot(std::vector<DeviceRange> pieces);
   void adopt(int slot, int unit, CopyEngine& engine);
+  Transfer& make_way(int slot, const ImagePtr& image);
+  void submit(int slot, int unit, CopyEngine& engine);
   void check_shares(const Slot& added) const;
   void mark_shared(Slot& added);
   void come_behind_holders(int slot);

@@ -383,31 +383,28 @@ void bind_prefetcher(py::module_& m) {
 
   // Its destructor joins threads that may want the interpreter's lock.
   py::class_<Prefetcher>(m, "Prefetcher", py::release_gil_before_calling_cpp_dtor())
-      .def(
-          py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
-                      std::size_t slot_bytes, const py::object&, int depth, std::size_t ring_chunks,
-                      std::size_t ring_chunk_bytes, unsigned threads, int timeout_ms,
-                      const std::vector<DeviceAddress>& staging, std::size_t staging_bytes,
-                      bool unpacks_in_place, std::size_t least_stretch) {
-            return std::make_unique<Prefetcher>(
-                backend, slots, slot_bytes,
-                PrefetchOptions{depth,
-                                least_stretch,
-                                {ring_chunks,
-                                 ring_chunk_bytes,
-                                 threads,
-                                 Milliseconds(timeout_ms),
-                                 {staging, staging_bytes, unpacks_in_place}}});
-          }),
-          // Its destructor waits for copies into the slots: their owner must live until then,
-          // in whatever order a garbage collection takes things apart.
-          py::keep_alive<1, 5>(), py::arg("backend"), py::arg("slots"), py::arg("slot_bytes"),
-          py::arg("owner"), py::kw_only(), py::arg("depth"),
-          py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
-          py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
-          py::arg("timeout_ms") = 60'000, py::arg("staging") = std::vector<DeviceAddress>{},
-          py::arg("staging_bytes") = 0, py::arg("unpacks_in_place") = false,
-          py::arg("least_stretch") = PrefetchOptions{}.least_stretch)
+      .def(py::init([](const BackendPtr& backend, const std::vector<DeviceAddress>& slots,
+                       std::size_t slot_bytes, const py::object&, int depth,
+                       std::size_t ring_chunks, std::size_t ring_chunk_bytes, unsigned threads,
+                       int timeout_ms, const std::vector<DeviceAddress>& staging,
+                       std::size_t staging_bytes, std::size_t least_stretch) {
+             return std::make_unique<Prefetcher>(backend, slots, slot_bytes,
+                                                 PrefetchOptions{depth,
+                                                                 least_stretch,
+                                                                 {ring_chunks,
+                                                                  ring_chunk_bytes,
+                                                                  threads,
+                                                                  Milliseconds(timeout_ms),
+                                                                  {staging, staging_bytes}}});
+           }),
+           // Its destructor waits for copies into the slots: their owner must live until then,
+           // in whatever order a garbage collection takes things apart.
+           py::keep_alive<1, 5>(), py::arg("backend"), py::arg("slots"), py::arg("slot_bytes"),
+           py::arg("owner"), py::kw_only(), py::arg("depth"),
+           py::arg("ring_chunks") = EngineOptions{}.ring_chunks,
+           py::arg("ring_chunk_bytes") = EngineOptions{}.ring_chunk_bytes, py::arg("threads") = 0U,
+           py::arg("timeout_ms") = 60'000, py::arg("staging") = std::vector<DeviceAddress>{},
+           py::arg("staging_bytes") = 0, py::arg("least_stretch") = PrefetchOptions{}.least_stretch)
       .def(
           "add_unit",
           [](Prefetcher& self, ImagePtr image,

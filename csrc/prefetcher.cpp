@@ -187,23 +187,13 @@ void Prefetcher::prefetch() {
   top_up();
 }
 
-// Brings the units that come next into slots that hold nothing needed sooner. What fails here is
-// thrown by the acquire that needs it.
-//
-// First those that need the link, which takes longest; then, if a slot is left, one that is
-// unpacked from its home.
+// Brings the units that come next into slots that hold nothing needed sooner, or to their homes.
+// What fails here is thrown by the acquire that needs it.
 void Prefetcher::top_up() {
   const int ahead = horizon();
   for (int i = 0; i < ahead; ++i) {
     const int unit = coming(i);
     if (slots_.find(unit) == kNoSlot && !fetch_ahead(unit, ahead)) break;
-  }
-  if (options_.depth == 0) return;
-  for (int i = 0; i < units() - 1; ++i) {
-    const int unit = coming(i);
-    if (slots_.lives_at_home(unit)) continue;
-    if (slots_.keeps_packed(unit) && slots_.find(unit) == kNoSlot) unpack_ahead(unit, ahead);
-    return;
   }
 }
 
@@ -212,11 +202,12 @@ bool Prefetcher::fetch_ahead(int unit, int ahead) {
   if (failures_[static_cast<std::size_t>(unit)]) return false;
   try {
     if (slots_.keeps_packed(unit)) {
-      (void)home_enqueued(unit);
+      const int home = slots_.home_of(unit);
+      if (slots_[home].unit != unit && engine_.settled(slots_[home].transfer)) bring(unit, home);
       return true;
     }
     const int slot = place_for(unit, ahead);
-    if (!may_take(slot, unit, ahead)) return false;
+    if (!may_take(slot, unit)) return false;
     bring(unit, slot);
     return true;
   } catch (...) {
@@ -225,43 +216,15 @@ bool Prefetcher::fetch_ahead(int unit, int ahead) {
   }
 }
 
-void Prefetcher::unpack_ahead(int unit, int ahead) {
-  if (failures_[static_cast<std::size_t>(unit)]) return;
-  try {
-    const int slot = slot_to_give_up(ahead);
-    if (may_take(slot, unit, ahead) && home_enqueued(unit)) unpack_from_home(unit, slot);
-  } catch (...) {
-    failures_[static_cast<std::size_t>(unit)] = std::current_exception();
-  }
-}
-
-// Whether a slot may be given up for a unit that is not needed at once: not if what it holds is
-// needed sooner, or will be soon and would have to come over the link again. From a home it has to
-// go in any case before the unit can be read.
-bool Prefetcher::may_take(int slot, int unit, int ahead) {
+// Whether a slot may be given up for a unit that comes over the link and is not needed at once: not
+// if what it holds is needed sooner, unless that can be unpacked again.
+bool Prefetcher::may_take(int slot, int unit) {
   if (slot == kNoSlot || !engine_.settled(slots_[slot].transfer)) return false;
-  const bool passing = slot < slots_.passing();
   return std::ranges::all_of(slots_.holders(slot), [&](int holder) {
     if (slots_[holder].users != 0 || !engine_.settled(slots_[holder].transfer)) return false;
     const int held = slots_[holder].unit;
-    if (held == kNoUnit) return true;
-    return distance(held) > distance(unit) && !(passing && crosses_soon(held, ahead));
+    return held == kNoUnit || slots_.keeps_packed(held) || distance(held) > distance(unit);
   });
-}
-
-// Whether the unit can be unpacked from its home without waiting for the ring. Starts to bring its
-// packed bytes there if nobody has.
-bool Prefetcher::home_enqueued(int unit) {
-  const int home = slots_.home_of(unit);
-  if (!engine_.settled(slots_[home].transfer)) return false;
-  if (slots_[home].unit == unit) return true;
-  bring(unit, home);
-  return engine_.settled(slots_[home].transfer);
-}
-
-void Prefetcher::fetch(int unit, int slot) {
-  if (slots_.keeps_packed(unit)) return unpack_from_home(unit, slot);
-  bring(unit, slot);
 }
 
 // Over the link.
@@ -273,25 +236,27 @@ void Prefetcher::bring(int unit, int slot) {
   stats_.bytes_fetched += image->bytes();
 }
 
-// The home stream reads the unit's home as compute streams read slots: behind `ready`, and what
-// is brought there next comes behind `free`.
-void Prefetcher::unpack_from_home(int unit, int slot) {
+// By the stream that will read the slot. It reads the unit's home as it reads slots: behind
+// `ready`, and what is brought there next comes behind `free`.
+void Prefetcher::unpack_from_home(int unit, int slot, StreamHandle stream) {
   const int home = slots_.home_of(unit);
   if (slots_[home].unit != unit) {
     wait_until_over(slots_[home].transfer);  // it may have been forgotten while it was late
+    ++stats_.cold;
     bring(unit, home);
   }
   settle(unit, home);
   note(Happened::kFetch, unit, slot);
-  slots_.begin_read(home, engine_.home_stream());
+  slots_.begin_read(home, stream);
   try {
-    slots_.fill(slot, unit, images_[static_cast<std::size_t>(unit)], engine_, slots_.address(home));
+    slots_.unpack(slot, unit, images_[static_cast<std::size_t>(unit)], engine_,
+                  slots_.address(home), stream);
   } catch (...) {
-    slots_.end_read(home, engine_.home_stream());
+    slots_.end_read(home, stream);
     throw;
   }
   try {
-    slots_.end_read(home, engine_.home_stream());
+    slots_.end_read(home, stream);
   } catch (...) {
     slots_.drop(slot);  // a fetch that is told to have failed has left nothing
     throw;
@@ -305,8 +270,8 @@ void Prefetcher::rethrow_failure(int unit) {
   if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
 }
 
-// The slot where the unit is or is being brought now.
-int Prefetcher::slot_with(int unit) {
+// The slot where the unit is or is being brought now. `stream` is about to read it.
+int Prefetcher::slot_with(int unit, StreamHandle stream) {
   if (const int slot = slots_.find(unit); slot >= 0) return slot;
   rethrow_failure(unit);
   const int slot = place_for(unit, horizon());
@@ -324,8 +289,12 @@ int Prefetcher::slot_with(int unit) {
     wait_until_over(slots_[holder].transfer);
   }
   wait_until_over(slots_[slot].transfer);
-  ++stats_.cold;
-  fetch(unit, slot);
+  if (slots_.keeps_packed(unit)) {
+    unpack_from_home(unit, slot, stream);
+  } else {
+    ++stats_.cold;
+    bring(unit, slot);
+  }
   return slot;
 }
 
@@ -367,7 +336,7 @@ Acquired Prefetcher::acquire(int unit, StreamHandle stream) {
   next_ = place_[static_cast<std::size_t>(unit)];
   int slot = -1;
   try {
-    slot = slot_with(unit);
+    slot = slot_with(unit, stream);
     settle(unit, slot);
     begin_read(unit, slot, stream);
   } catch (const UsageError&) {

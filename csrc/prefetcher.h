@@ -26,7 +26,7 @@ struct PrefetchOptions {
 // Counted since construction or the last reset.
 struct PrefetchStats {
   std::uint64_t acquires = 0;
-  std::uint64_t cold = 0;           // acquires that had to start the fetch themselves
+  std::uint64_t cold = 0;           // acquires that had to start a fetch over the link
   std::uint64_t fetches = 0;        // into a slot or a home, over the link or within the device
   std::uint64_t bytes_fetched = 0;  // as they cross the link: of packed units, the packed bytes
   std::uint64_t invalidations = 0;  // prefetched bytes thrown away because the host's changed
@@ -44,10 +44,10 @@ struct Acquired {
 //
 // The units behind the one acquired, `depth` of those that need the link, are submitted when the
 // host has released their slots, while the device may still read those: the ring fills meanwhile
-// (see CopyEngine). Of those that are unpacked from their homes, the next alone is.
+// (see CopyEngine).
 // A unit with a home comes over the link once, and stays there until its host's bytes change, or a
-// unit is brought to a home that shares its memory. It is
-// read there; if its packed bytes stay there it is unpacked into a slot for each use, which counts
+// unit is brought to a home that shares its memory. It is read there; if its packed bytes stay
+// there, acquire has the stream that it is acquired for unpack it into a slot first, which counts
 // as a fetch of no bytes.
 //
 // While acquire waits for a unit, depth - 1 more are queued: with a depth of 2 the threads that
@@ -124,14 +124,11 @@ class Prefetcher {
   [[nodiscard]] Home home_of(int unit) const;
   void forget(int unit);
   void rethrow_failure(int unit);
-  int slot_with(int unit);
-  void fetch(int unit, int slot);
+  int slot_with(int unit, StreamHandle stream);
   void bring(int unit, int slot);
-  void unpack_from_home(int unit, int slot);
-  [[nodiscard]] bool home_enqueued(int unit);
+  void unpack_from_home(int unit, int slot, StreamHandle stream);
   [[nodiscard]] bool fetch_ahead(int unit, int ahead);
-  void unpack_ahead(int unit, int ahead);
-  [[nodiscard]] bool may_take(int slot, int unit, int ahead);
+  [[nodiscard]] bool may_take(int slot, int unit);
   [[nodiscard]] int coming(int places) const;
   [[nodiscard]] bool needs_link(int unit) const;
   [[nodiscard]] bool crosses_soon(int unit, int ahead) const;

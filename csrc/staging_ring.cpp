@@ -8,8 +8,7 @@ namespace wanoffload {
 namespace {
 
 const StagingMemory& checked(const StagingMemory& memory) {
-  const bool none = memory.slots.empty() && memory.in_place;
-  if (memory.slots.size() < 2 && !none) {
+  if (memory.slots.size() < 2) {
     throw UsageError(
         "staging memory needs two slots at least: one is copied into while another is unpacked");
   }

@@ -14,9 +14,6 @@ namespace wanoffload {
 struct StagingMemory {
   std::vector<DeviceAddress> slots;  // equal; two at least, at multiples of 16
   std::size_t slot_bytes = 0;
-  bool in_place = false;  // no slots are needed to unpack what stands on the device already
-
-  [[nodiscard]] bool unpacks() const { return in_place || !slots.empty(); }
 };
 
 // free -> open -> unpacking -> free. On the host a slot belongs from open() to unpack() or

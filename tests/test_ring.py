@@ -717,7 +717,7 @@ def test_another_engine_takes_over_what_was_brought_last() -> None:
 def test_where_packed_bytes_stay_no_other_home_is(first: int) -> None:
     backend = HostBackend()
     packed, plain = packed_unit(backend, CHUNK), plain_unit(backend, SIZE)
-    engine = Prefetcher(backend, [1 << 20], CHUNK, None, depth=0, unpacks_in_place=True)
+    engine = Prefetcher(backend, [1 << 20], CHUNK, None, depth=0)
     nbytes = packed.image.nbytes
     kinds: list[tuple[Image, dict[str, Any]]] = [
         (packed.image, {"home": [(256, nbytes)], "as_stored": True}),

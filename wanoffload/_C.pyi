@@ -283,7 +283,7 @@ class Prefetcher:
     `owner` is kept alive until the engine has closed: what holds the memory of slots and staging.
     `staging`: addresses of equal slots of device memory, `staging_bytes` each, two at least,
     through which packed images pass. Without them a packed image is refused, unless its packed
-    bytes have a home: `unpacks_in_place` says that some have.
+    bytes have a home.
     """
 
     def __init__(
@@ -300,7 +300,6 @@ class Prefetcher:
         timeout_ms: int = ...,
         staging: Sequence[int] = ...,
         staging_bytes: int = ...,
-        unpacks_in_place: bool = ...,
         least_stretch: int = ...,
     ) -> None: ...
     def add_unit(

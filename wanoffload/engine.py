@@ -68,7 +68,6 @@ class Engine:
             ring_chunk_bytes=CHUNK_BYTES,
             staging=memory.staging.addresses(),
             staging_bytes=memory.staging.slot_bytes,
-            unpacks_in_place=_any_packed(images),
         )
         self._closed = False
         self.prefetcher.set_poison(self._poison)
@@ -108,8 +107,8 @@ class Engine:
 
     def _depth(self, count: int) -> int:
         residency = self.memory.residency
-        if residency.slots == 0 and not residency.places:
-            return FIRST_FILL_DEPTH
+        if not residency.streamed_bytes and not residency.places:
+            return min(max(FIRST_FILL_DEPTH, residency.depth), count)
         return min(residency.depth, count)
 
     def _add_unit(self, number: int, stored: Image) -> None:

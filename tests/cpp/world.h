@@ -126,7 +126,6 @@ class World {
     std::vector<DeviceAddress> addresses;
     for (auto& slot : slots_) addresses.push_back(reinterpret_cast<DeviceAddress>(slot.data()));
     PrefetchOptions options = shape_.prefetch;
-    options.engine.staging.in_place = shape_.staging == 0;
     options.engine.staging.slot_bytes = staging_bytes();
     for (auto& slot : staging_) {
       options.engine.staging.slots.push_back(reinterpret_cast<DeviceAddress>(slot.data()));
