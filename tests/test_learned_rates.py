@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import wanoffload
 from tests.small_models import MODELS, forward
 from wanoffload import Offloader
-from wanoffload.learned_rates import BlockTimes, LearnedRates
+from wanoffload.learned_rates import BlockTimes, LearnedRates, TimedForward
 from wanoffload.machine import clock
 from wanoffload.residency import Rates, forward_seconds
 from wanoffload.residency_planner import sizes_of
@@ -19,6 +20,7 @@ from wanoffload.residency_planner import sizes_of
 KIND = MODELS["wan22_i2v"]
 CPU = torch.device("cpu")
 UNIT = 1
+UNPACKED = 7
 SLOW_LINK = Rates(link_gb_per_s=0.01, decode_gb_per_s=1000, compute_s=1e-6)
 SLOW_COMPUTE = Rates(link_gb_per_s=1000, decode_gb_per_s=0.01, compute_s=1e-3)
 
@@ -38,8 +40,13 @@ def run(times: BlockTimes, key: str, completed: bool = True) -> bool:
     if timed:
         times.come(UNIT)
         times.used(UNIT)
-    times.end_forward(completed)
+    times.end_forward(completed, UNPACKED)
     return timed
+
+
+def seconds(times: BlockTimes, key: str) -> dict[int, float] | None:
+    timed = times.timed(key)
+    return timed and timed.seconds
 
 
 def test_a_block_is_timed_in_the_second_forward_in_a_row_of_its_shapes(ticks: list[float]) -> None:
@@ -48,7 +55,11 @@ def test_a_block_is_timed_in_the_second_forward_in_a_row_of_its_shapes(ticks: li
     assert [run(times, key) for key in "ABAABBAB"] == [False] * 3 + [True, False, True] + [
         False
     ] * 2
-    assert [times.seconds(key) for key in "ABC"] == [{UNIT: 2.5}, {UNIT: 1.0}, {}]
+    assert [times.timed(key) for key in "ABC"] == [
+        TimedForward({UNIT: 2.5}, 2.5, UNPACKED),
+        TimedForward({UNIT: 1.0}, 1.0, UNPACKED),
+        None,
+    ]
 
 
 def test_a_forward_that_broke_off_is_timed_again(ticks: list[float]) -> None:
@@ -56,9 +67,9 @@ def test_a_forward_that_broke_off_is_timed_again(ticks: list[float]) -> None:
     ticks += [1.0, 3.5, 10.0, 11.0]
     run(times, "A")
     assert run(times, "A", completed=False)
-    assert times.seconds("A") == {}
+    assert times.timed("A") is None
     assert run(times, "A")
-    assert times.seconds("A") == {UNIT: 1.0}
+    assert seconds(times, "A") == {UNIT: 1.0}
 
 
 def test_blocks_that_were_left_out_are_not_timed(ticks: list[float]) -> None:
@@ -70,9 +81,46 @@ def test_blocks_that_were_left_out_are_not_timed(ticks: list[float]) -> None:
     times.come(2)
     times.used(2)
     times.come(3)
-    times.end_forward(completed=True)
-    assert times.seconds("A") == {2: 1.0}
+    times.end_forward(completed=True, unpacked=0)
+    assert seconds(times, "A") == {2: 1.0}
     assert not times.timing
+
+
+def test_the_span_goes_from_the_first_block_to_the_last(ticks: list[float]) -> None:
+    times = BlockTimes(CPU)
+    ticks += [1.0, 3.0, 10.0, 11.0]
+    run(times, "A")
+    times.begin_forward("A")
+    for unit in (5, 2):
+        times.come(unit)
+        times.used(unit)
+    times.end_forward(completed=True, unpacked=0)
+    assert times.timed("A") == TimedForward({5: 2.0, 2: 1.0}, 10.0, 0)
+
+
+# A forward's time is made of its blocks' times.
+
+
+def test_blocks_are_as_much_longer_as_the_device_unpacks_beside_them() -> None:
+    """At 1 GB/s a second of ten goes to unpacking, and so does a tenth of what blocks take."""
+    forward = TimedForward({0: 2.0, 1: 2.0}, span=10.0, unpacked=10**9)
+    assert forward.compute_s([5, 5], 1.0) == pytest.approx(2 * 2.0 * 0.9)
+    assert forward.compute_s([5, 5], 2.0) == pytest.approx(2 * 2.0 * 0.95)
+
+
+def test_blocks_that_were_not_timed_count_by_their_bytes() -> None:
+    forward = TimedForward({0: 2.0, 2: 4.0}, span=6.0, unpacked=0)
+    assert forward.compute_s([10, 15, 20], 1.0) == pytest.approx(0.2 * 45)
+
+
+def test_a_block_that_was_held_up_does_not_count() -> None:
+    forward = TimedForward({0: 1.0, 1: 1.2, 2: 9.0}, span=12.0, unpacked=0)
+    assert forward.compute_s([1, 1, 1], 1.0) == pytest.approx(3 * 1.1)
+
+
+def test_no_more_than_half_of_a_device_is_believed_to_unpack() -> None:
+    forward = TimedForward({0: 1.0}, span=1.0, unpacked=10**10)
+    assert forward.compute_s([1], 1.0) == pytest.approx(0.5)
 
 
 def test_rates_are_measured_once_from_the_models_own_bytes(device: str) -> None:
@@ -100,7 +148,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
     """The rates that are found. Allocations are not rounded: small blocks take what they have."""
     monkeypatch.setattr("wanoffload.residency.ROUND_BYTES", 256)
     rates: dict[str, Rates] = {}
-    monkeypatch.setattr(BlockTimes, "seconds", lambda *_: {0: 1.0, 1: 3.0})
+    monkeypatch.setattr(BlockTimes, "timed", lambda *_: TimedForward({0: 1.0, 1: 1.5}, 2.5, 0))
     monkeypatch.setattr(LearnedRates, "with_compute", lambda *_: rates["now"])
     return rates
 
@@ -165,7 +213,7 @@ def test_rates_are_expected_of_packed_blocks_alone(
     assert runtime.residency == before
 
 
-def test_the_block_that_nothing_got_in_the_way_of_says_how_long_all_take(
+def test_blocks_say_how_long_all_of_them_take(
     told: dict[str, Rates], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
@@ -177,7 +225,21 @@ def test_the_block_that_nothing_got_in_the_way_of_says_how_long_all_take(
     monkeypatch.setattr(LearnedRates, "with_compute", with_compute)
     model, runtime = streamed(4)
     run_model(model, 4)
-    assert asked == [pytest.approx(1.0 * len(runtime.bindings))]  # of 1 s and 3 s
+    assert asked == [pytest.approx(1.25 * len(runtime.bindings))]  # of 1 s and 1.5 s
+
+
+def test_what_is_unpacked_beside_blocks_is_what_streams_packed(told: dict[str, Rates]) -> None:
+    _, runtime = streamed(2)
+    plan = runtime.residency
+    assert plan.streamed_bytes > 0
+    one = next(iter(plan.resident))
+    stays = plan.resident - {one}
+    runtime.memory.residency = replace(plan, resident=stays, kept_packed=frozenset({one}))
+    plain = [binding.layout.nbytes for binding in runtime.bindings]
+    streams = [number for number in range(len(plain)) if number not in plan.resident]
+    assert runtime.streaming.unpacked_beside == sum(plain[number] for number in streams)
+    runtime.set_budget(sum(plain) * 2)
+    assert runtime.streaming.unpacked_beside == 0
 
 
 def test_a_plan_stays_where_another_would_gain_nothing(told: dict[str, Rates]) -> None:

@@ -7,6 +7,8 @@ So packed blocks are kept on the device where the link binds, and plain ones whe
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
@@ -16,7 +18,6 @@ from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.machine.clock import Run, Stamp, clock_of, seconds_between, stamp
 from wanoffload.packing import stored_image
 from wanoffload.residency import Rates
-from wanoffload.staging import BESIDE_COMPUTE
 
 COPIED_BYTES = 64 << 20
 ROUNDS = 4
@@ -26,6 +27,54 @@ TINY_S = 1e-9
 UNPACKED = 1.28
 """Bytes that unpacking gives in the time in which a copy within the device copies one. It reads and
 writes 1.7, a copy 2, and is 1.09 times as quick (docs/results-packing-h100.md)."""
+HELD_UP = 2.0
+"""A block that takes so many times as long as most was held up by something else."""
+MOST_UNPACKING = 0.5
+"""Of a device's time: more is not believed."""
+
+
+@dataclass(frozen=True)
+class TimedForward:
+    """Of one forward: `seconds` by unit, from when its weights were there; `span`, from the first
+    one's beginning to the last one's end; plain bytes that were `unpacked` beside them."""
+
+    seconds: dict[int, float]
+    span: float
+    unpacked: int
+
+    def compute_s(self, plain_bytes: Sequence[int], decode_gb_per_s: float) -> float:
+        """Of a whole forward without unpacking, whose share each block was lengthened by.
+
+        `plain_bytes`: of each unit.
+        """
+        rates = [taken / max(plain_bytes[unit], 1) for unit, taken in self.seconds.items()]
+        usual = [rate for rate in rates if rate <= HELD_UP * median(rates)]
+        share = self.unpacked / (decode_gb_per_s * 1e9) / max(self.span, TINY_S)
+        return fmean(usual) * sum(plain_bytes) * (1 - min(share, MOST_UNPACKING))
+
+
+@dataclass
+class _Stamps:
+    """Of a forward: when each unit's weights were there, and when it had been computed."""
+
+    begun: dict[int, Stamp] = field(default_factory=dict)
+    ended: dict[int, Stamp] = field(default_factory=dict)
+    unpacked: int = 0
+
+    def read(self) -> TimedForward | None:
+        """None as long as the device has not got that far, or where no unit was used."""
+        seconds: dict[int, float] = {}
+        for unit, end in self.ended.items():
+            taken = seconds_between(self.begun[unit], end)
+            if taken is None:
+                return None
+            seconds[unit] = taken
+        if not seconds:
+            return None
+        first, last = next(iter(self.ended)), next(reversed(self.ended))
+        span = seconds_between(self.begun[first], self.ended[last])
+        assert span is not None
+        return TimedForward(seconds, span, self.unpacked)
 
 
 class BlockTimes:
@@ -41,18 +90,17 @@ class BlockTimes:
         self._device = device
         self._key: Hashable = None
         self._again = False
-        self._begun: dict[int, Stamp] = {}
-        self._stamps: dict[Hashable, dict[int, tuple[Stamp, Stamp]]] = {}
-        self._seconds: dict[Hashable, dict[int, float]] = {}
+        self._now = _Stamps()
+        self._stamps: dict[Hashable, _Stamps] = {}  # of the forwards that have not been read
+        self._timed: dict[Hashable, TimedForward] = {}
 
     def begin_forward(self, key: Hashable) -> None:
         """A forward of these shapes begins."""
         self._again = key == self._key
         self._key = key
-        self.timing = self._again and key not in self._stamps
+        self.timing = self._again and key not in self._stamps and key not in self._timed
         if self.timing:
-            self._begun = {}
-            self._stamps[key] = {}
+            self._now = _Stamps()
 
     @property
     def again(self) -> bool:
@@ -61,28 +109,27 @@ class BlockTimes:
 
     def come(self, unit: int) -> None:
         """The unit's weights are there."""
-        self._begun[unit] = stamp(self._device)
+        self._now.begun[unit] = stamp(self._device)
 
     def used(self, unit: int) -> None:
         """It has been computed."""
-        if unit in self._begun:
-            self._stamps[self._key][unit] = self._begun[unit], stamp(self._device)
+        if unit in self._now.begun:
+            self._now.ended[unit] = stamp(self._device)
 
-    def end_forward(self, completed: bool) -> None:
-        """What a forward that broke off has of them is forgotten."""
-        if self.timing and not completed:
-            del self._stamps[self._key]
+    def end_forward(self, completed: bool, unpacked: int) -> None:
+        """`unpacked`: plain bytes, beside its blocks. What a forward that broke off has of them is
+        forgotten."""
+        if self.timing and completed:
+            self._now.unpacked = unpacked
+            self._stamps[self._key] = self._now
         self.timing = False
 
-    def seconds(self, key: Hashable) -> dict[int, float]:
-        """By unit; empty as long as the device has not got that far."""
-        stamps = {} if self.timing else self._stamps.get(key, {})
-        found = {unit: seconds_between(*row) for unit, row in stamps.items()}
-        known = {unit: seconds for unit, seconds in found.items() if seconds is not None}
-        if known and len(known) == len(found):
-            self._seconds[key] = known
-            self._stamps[key] = {}  # their events are not needed any more
-        return self._seconds.get(key, {})
+    def timed(self, key: Hashable) -> TimedForward | None:
+        """None as long as the device has not got that far."""
+        if key in self._stamps and (found := self._stamps[key].read()) is not None:
+            self._timed[key] = found
+            del self._stamps[key]  # the events are not needed any more
+        return self._timed.get(key)
 
 
 class LearnedRates:
@@ -103,6 +150,11 @@ class LearnedRates:
         link, unpacking = self._measured
         return Rates(link_gb_per_s=link, decode_gb_per_s=unpacking, compute_s=compute_s)
 
+    def of(self, forward: TimedForward, plain_bytes: Sequence[int]) -> Rates:
+        """For others like it. `plain_bytes`: of each unit."""
+        assert self._measured is not None
+        return self.with_compute(forward.compute_s(plain_bytes, self._measured[1]))
+
     def measure(self, image: HostImage, memory: Tensor) -> None:
         """Waits for the device. `image`: bytes to be copied. `memory`: of the device, uint8, which
         nobody uses; it is overwritten."""
@@ -117,7 +169,7 @@ class LearnedRates:
         over_link = self._quickest(copy)
         within = self._quickest(lambda: beside.copy_(there))
         self._measured = (
-            nbytes / over_link / 1e9 * BESIDE_COMPUTE,
+            nbytes / over_link / 1e9,
             nbytes / within / 1e9 * UNPACKED,
         )
 
@@ -134,7 +186,7 @@ class ForwardRates:
         self.learned = LearnedRates(device, backend)
         self._key: Hashable = None
         self._told: Hashable = None  # of these shapes
-        self._seconds: dict[int, float] = {}  # of this forward's blocks, as far as they are known
+        self._timed: TimedForward | None = None  # of this forward's shapes
 
     def measure(self, images: Iterable[Image], memory: Tensor) -> None:
         """With the largest of these images that is page-locked, if there are both. Waits for the
@@ -150,17 +202,15 @@ class ForwardRates:
         """A forward of these shapes begins."""
         self._key = key
         self.blocks.begin_forward(key)
-        self._seconds = self.blocks.seconds(key)
+        self._timed = self.blocks.timed(key)
 
     def news(self, plain_bytes: Sequence[int]) -> Rates | None:
         """The rates, if this forward's shapes come again and others were told of before.
 
         `plain_bytes`: of each unit.
         """
-        ready = self.learned.known and self.blocks.again and self._seconds
-        if not ready or self._key == self._told:
+        ready = self.learned.known and self.blocks.again and self._key != self._told
+        if not ready or self._timed is None:
             return None
         self._told = self._key
-        # Unpacking makes some blocks take longer; it is counted apart.
-        fastest = min(time / max(plain_bytes[unit], 1) for unit, time in self._seconds.items())
-        return self.learned.with_compute(fastest * sum(plain_bytes))
+        return self.learned.of(self._timed, plain_bytes)

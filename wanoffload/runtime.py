@@ -236,7 +236,7 @@ class Offloader(hooks.Attached):
         if not self.in_forward():
             return  # it never began
         try:
-            self._rates.blocks.end_forward(completed)
+            self._rates.blocks.end_forward(completed, self.streaming.unpacked_beside)
             self._recover()
             self._step_time.end_forward(completed)
             if self._activations is not None:

@@ -109,6 +109,17 @@ class Streaming:
         return self._memory.residency
 
     @property
+    def unpacked_beside(self) -> int:
+        """Plain bytes that are unpacked in a forward while blocks compute: of what comes packed
+        over the link. What stays packed is unpacked before its block."""
+        residency = self.residency
+        if not residency.streamed_bytes:
+            return 0
+        there = residency.resident | residency.kept_packed
+        passing = (b for number, b in enumerate(self._bindings) if number not in there)
+        return sum(binding.layout.nbytes for binding in passing if binding.packed)
+
+    @property
     def device_bytes(self) -> int:
         """Of all weights on the device, now, as the allocator counts them."""
         return self.planner.others + self._memory.nbytes
