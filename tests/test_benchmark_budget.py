@@ -439,7 +439,8 @@ def test_predictions_are_the_cost_models_for_the_budget_of_the_row() -> None:
     assert (step.value, memory.value) == (says.step_ms, says.device_bytes / 1e9)
     plain = predicted.Predicted.of("14b", PLAIN, row.values)
     assert 7_000_000_000 < plain.device_bytes <= 8_000_000_000
-    assert says.device_bytes < 3_000_000_000  # where compute binds, packed blocks need no more
+    # Where compute binds, packed blocks gain little by more.
+    assert says.device_bytes < 0.8 * plain.device_bytes
     everything = values(30_000_000_000, plan={"depth": 0})
     whole = predicted.Predicted.of("14b", PLAIN, everything)
     assert whole.device_bytes == pytest.approx(models.model_bytes(WAN_14B).all, rel=0.005)

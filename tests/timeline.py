@@ -13,7 +13,7 @@ while the device would have waited costs nothing.
 - A packed unit's copy runs ahead of its slot by the staging memory. Its unpacking starts when the
   slot is free and so late that it ends no sooner than the copy (chunks follow each other closely).
 - A resident unit needs nothing.
-- With depth 0 a unit is asked for when the device gets to it: nothing overlaps.
+- With depth 0 a unit's slot is free when the unit used before it, out of a slot, has been computed.
 - Where there is a slot for each unit that passes through them, all stay, and nothing moves.
 
 A unit's share of the compute is its share of the plain bytes.
@@ -159,12 +159,8 @@ def ends(units: Sequence[UnitBytes], plan: Assignment, rates: Rates, forwards: i
     whole = sum(unit.plain for unit in units)
     work = [rates.compute_s * unit.plain / whole for unit in units]
     stay = len(plan.passing) <= plan.slots
-    if stay or plan.depth == 0:
-        moving = [] if stay else plan.passing
-        alone = sum(_unpack(units[unit], rates) for unit in moving) + sum(
-            _copy(units[unit], rates) for unit in moving if plan.letters[unit] == "s"
-        )
-        return [(number + 1) * (rates.compute_s + alone) for number in range(forwards)]
+    if stay:
+        return [(number + 1) * rates.compute_s for number in range(forwards)]
     return _overlapped(units, plan, rates, work, forwards)
 
 

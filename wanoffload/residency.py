@@ -29,7 +29,7 @@ ALIGN_BYTES = 256
 DEFAULT_DEPTH = 2
 DEPTHS = (1, 2, 0)
 """What is chosen from, the first where two are as good."""
-AS_GOOD = 1.005
+AS_GOOD = 1.002
 """A plan that takes this much longer than the quickest is preferred if it takes less memory."""
 MOST_PLANS = 1500
 """For each depth. Where there would be more, units of similar sizes count as one kind; where that
@@ -123,8 +123,8 @@ def choose(
     Args:
         budget: bytes that all of the weights may take on the device. None: everything streams.
         others: bytes of weights and buffers that are in no unit, as allocated.
-        prefetch: the depth. None: the best of 1 and 2, and of 0 if nothing else fits or, with
-            rates, if that is the quickest.
+        prefetch: the depth. None: the best of 1 and 2, and of 0 if nothing streams, if nothing
+            else fits or, with rates, if that is the quickest.
         rates: of this machine, if known.
         largest_chunk: bytes of the largest packed chunk.
 
@@ -149,8 +149,6 @@ def forward_seconds(units: Sequence[UnitBytes], plan: Residency, rates: Rates) -
     """Of a forward under a plan for these units, in steady state."""
     device = rates.compute_s + plan.decoded_bytes / (rates.decode_gb_per_s * _GB)
     link = plan.streamed_bytes / (rates.link_gb_per_s * _GB)
-    if plan.depth == 0:
-        return device + link
     if not plan.streamed_bytes:
         return device
     letters = "".join(
@@ -325,7 +323,7 @@ class _Planner:
         assert self.rates is not None
         device = self.rates.compute_s + size.decoded / (self.rates.decode_gb_per_s * _GB)
         link = size.streamed / (self.rates.link_gb_per_s * _GB)
-        return max(device, link) if size.depth else device + link
+        return max(device, link)
 
     def _seconds(self, size: _Size) -> float:
         return self._placed(size)[0]
@@ -334,7 +332,7 @@ class _Planner:
         """Seconds of a forward, with letters for the units as they are placed best."""
         assert self.rates is not None
         bound = self._bound(size)
-        if not size.depth or size.slots == size.share.passing:
+        if size.slots == size.share.passing or not size.streamed:
             return bound, _spread(self.units, size)
         staging = STAGING_SLOTS * self._staging(size.share)
         turns = max(2, PLACED // len(self.units))
@@ -363,7 +361,8 @@ def _steady(
     """Seconds of a forward among many.
 
     A copy waits for the copy before it and for a slot: `depth` streamed units before, that unit is
-    the next to be used out of a slot. Packed ones are copied ahead of that, into staging memory.
+    the next to be used out of a slot (with depth 0 it is itself, once the one before it has been
+    computed). Packed ones are copied ahead of that, into staging memory.
     Unpacking takes its time from compute. Compute is proportional to plain bytes.
     """
     plain = rates.compute_s / max(sum(unit.plain for unit in units), 1)
@@ -386,14 +385,14 @@ def _steady(
 
 def _ends(steps: Sequence[tuple[str, float, float, float, float]], depth: int) -> list[float]:
     now = link = used = 0.0
-    free = deque([0.0] * depth, depth)
+    free = deque([0.0] * depth, depth + 1)
     ends = []
     for _ in range(max(4, STEPS // len(steps))):
         for letter, compute, unpack, copy, ahead in steps:
             now += unpack
             if letter == "s":
-                link = max(link, free[0] - ahead) + copy
                 free.append(used)
+                link = max(link, free[0] - ahead) + copy
                 now = max(now, link)
             now += compute
             if letter != "r":
@@ -419,9 +418,8 @@ def _spread(units: Sequence[UnitBytes], size: _Size, turn: int = 0) -> str:
 
 
 def _streams_least(size: _Size) -> tuple[bool, int, int, int]:
-    """Nothing overlaps with depth 0: that is the last resort."""
-    moves = size.streamed + size.decoded > 0
-    return moves and size.depth == 0, size.streamed, size.decoded, size.device_bytes
+    """What streams with depth 0 overlaps with nothing: that is the last resort."""
+    return size.streamed > 0 and size.depth == 0, size.streamed, size.decoded, size.device_bytes
 
 
 def _equal(units: Sequence[UnitBytes]) -> list[list[int]]:

@@ -23,7 +23,7 @@ from wanoffload.residency import (
     least,
 )
 from wanoffload.ring_plan import Part, choose_parts, least_of_parts
-from wanoffload.staging import BESIDE_COMPUTE, STAGING_SLOTS
+from wanoffload.staging import STAGING_SLOTS
 
 _GB = 10**9
 
@@ -63,7 +63,7 @@ def rates(compute_s: float, machine: Hardware) -> Rates:
     """What a forward that computes so long is up against."""
     assert machine.link_gb_per_s is not None
     return Rates(
-        link_gb_per_s=machine.link_gb_per_s * BESIDE_COMPUTE,
+        link_gb_per_s=machine.link_gb_per_s,
         decode_gb_per_s=1 / packed.seconds_to_decode(_GB, machine),
         compute_s=compute_s,
     )
