@@ -282,7 +282,7 @@ def _granularity(
         )
     except WrapError:
         return PART
-    overlaps = found.depth > 0 or found.streamed_bytes + found.decoded_bytes == 0
+    overlaps = found.depth > 0 or found.streamed_bytes == 0
     return BLOCK if overlaps or prefetch == 0 else PART
 
 
