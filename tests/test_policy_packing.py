@@ -21,7 +21,7 @@ from wanoffload.workload import Workload
 BF16 = 27_960_000_000
 PACKABLE = replace(DIT, bf16_bytes=BF16)
 A14B = replace(PLAIN_A14B, dits=(PACKABLE, PACKABLE))
-DECODING = BF16 * 1.705 / (4000e9 * 0.79)  # 15 ms
+DECODING = BF16 * 1.703 / (4000e9 * 0.79)  # 15 ms
 NEAR = replace(MEDIUM, frames=9)  # 4,680 tokens: 0.468 s, between packed and plain copies
 PARKED = TEXT_ENCODER.bytes + VAE.bytes
 
@@ -39,7 +39,7 @@ def test_packed_blocks_send_their_ratio_of_bf16_and_all_of_the_rest() -> None:
     plain = 40 * 700_000_000
     assert predicted(0.0).link_bytes == plain
     assert predicted(1.0).link_bytes == plain - BF16 + BF16 * 0.703
-    assert predicted(0.25).link_bytes == pytest.approx(plain - 0.25 * 0.295 * BF16)
+    assert predicted(0.25).link_bytes == pytest.approx(plain - 0.25 * 0.297 * BF16)
     resident = cost.predict(A14B, Placement(RESIDENT), Around(), SMALL, card(None))
     assert (resident.link_bytes, resident.staging_bytes) == (0, 0)
 
@@ -50,7 +50,7 @@ def test_blocks_of_which_nothing_is_bf16_gain_nothing_by_packing() -> None:
 
 
 def test_a_packed_step_is_never_quicker_than_its_link_or_compute_and_decoding() -> None:
-    copies = (40 * 700_000_000 - 0.295 * BF16) / 50e9
+    copies = (40 * 700_000_000 - 0.297 * BF16) / 50e9
     for workload, floor in ((SMALL, copies), (MEDIUM, 0.78 + DECODING), (LARGE, 3.276 + DECODING)):
         for prefetch in (1, 2):
             step = predicted(1.0, workload, prefetch).step_seconds
@@ -73,7 +73,7 @@ def test_an_h200_decodes_2000_gigabytes_of_weights_a_second() -> None:
 
 
 def test_fetching_when_needed_adds_copies_and_decoding_to_the_compute() -> None:
-    copies = (40 * 700_000_000 - 0.295 * BF16) / 50e9
+    copies = (40 * 700_000_000 - 0.297 * BF16) / 50e9
     assert predicted(1.0, SMALL, 0).step_seconds == pytest.approx(2 * (0.312 + DECODING + copies))
 
 
@@ -90,7 +90,7 @@ def test_staging_is_three_chunks_whatever_the_share_and_at_most_160_megabytes() 
         assert beside == candidate.staging_bytes
     assert predicted(0.0).staging_bytes == 0
     small = DitFacts((1_000_000,) * 3, bf16_bytes=3_000_000)
-    assert packed.staging_bytes(small, 1.0) == 3 * 705_000
+    assert packed.staging_bytes(small, 1.0) == 3 * 703_000
 
 
 def test_host_memory_is_planned_with_072_of_the_packed_bytes() -> None:
@@ -191,7 +191,7 @@ def test_a_plan_tells_what_the_forwards_of_each_expert_are_up_against() -> None:
         assert plan(A14B, workload, machine, **options).rates == [None, None]
 
 
-def test_copies_are_slower_beside_compute_and_decoding() -> None:
+def test_a_forward_is_up_against_what_the_machine_has() -> None:
     rates = within.rates(0.3, card(None))
     assert (rates.link_gb_per_s, rates.compute_s) == (50, 0.3)
     assert BF16 / rates.decode_gb_per_s / 1e9 == pytest.approx(DECODING)
@@ -430,7 +430,7 @@ def test_the_text_shows_plain_and_packed_beside_each_other() -> None:
     plain, both = (" ".join(line.split()) for line in table)
     assert plain.startswith("plain 28.00 GB over the link a forward, 1.129 s")
     assert plain.endswith("68.10 GB page-locked: fits")
-    assert both.startswith("packed 19.75 GB over the link a forward, 0.7999 s")
+    assert both.startswith("packed 19.70 GB over the link a forward, 0.7976 s")
     assert both.endswith("52.44 GB page-locked, 0.15 GB of staging on the device: taken")
     assert "pack = True " in text
 
@@ -439,7 +439,7 @@ def test_the_text_shows_both_where_one_was_chosen_and_where_nothing_is_known() -
     for made in (plan(A14B, SMALL, card("24GiB"), pack=False), plan(A14B)):
         table = made.explain().split("Plain or packed:\n")[1]
         assert "plain   28.00 GB over the link a forward" in table
-        assert "packed  19.75 GB over the link a forward" in table
+        assert "packed  19.70 GB over the link a forward" in table
     assert "Plain or packed" not in plan(PLAIN_A14B).explain()
 
 
