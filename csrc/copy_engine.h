@@ -71,7 +71,8 @@ class Transfer {
   [[nodiscard]] DeviceAddress destination() const {
     return stretches.empty() ? 0 : stretches[0].address;
   }
-  // The stream that wrote to the place since it was read last, or 0. Only once settled.
+  // The stream that wrote to the place since it was read last, or 0; also 0 where a reader of the
+  // place unpacked to it. Only once settled.
   [[nodiscard]] StreamHandle unread_on() const { return unread_on_; }
   // A stream has waited for `ready`, and `wait_for` of the next fill will stand behind that.
   void note_read() { unread_on_ = 0; }

@@ -98,6 +98,19 @@ def test_the_span_goes_from_the_first_block_to_the_last(ticks: list[float]) -> N
     assert times.timed("A") == TimedForward({5: 2.0, 2: 1.0}, 10.0, 0)
 
 
+def test_the_span_is_right_where_a_unit_is_used_twice(ticks: list[float]) -> None:
+    times = BlockTimes(CPU)
+    ticks += [1.0, 2.0, 3.0, 4.0, 9.0, 10.0]
+    times.begin_forward("A")
+    times.end_forward(completed=True, unpacked=0)
+    times.begin_forward("A")
+    for unit in (0, 1, 0):
+        times.come(unit)
+        times.used(unit)
+    times.end_forward(completed=True, unpacked=0)
+    assert times.timed("A") == TimedForward({0: 1.0, 1: 1.0}, 9.0, 0)
+
+
 # A forward's time is made of its blocks' times.
 
 
@@ -238,6 +251,8 @@ def test_what_is_unpacked_beside_blocks_is_what_streams_packed(told: dict[str, R
     plain = [binding.layout.nbytes for binding in runtime.bindings]
     streams = [number for number in range(len(plain)) if number not in plan.resident]
     assert runtime.streaming.unpacked_beside == sum(plain[number] for number in streams)
+    runtime.memory.residency = replace(plan, depth=0, resident=frozenset())
+    assert runtime.streaming.unpacked_beside == 0
     runtime.set_budget(sum(plain) * 2)
     assert runtime.streaming.unpacked_beside == 0
 

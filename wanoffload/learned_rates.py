@@ -55,10 +55,13 @@ class TimedForward:
 
 @dataclass
 class _Stamps:
-    """Of a forward: when each unit's weights were there, and when it had been computed."""
+    """Of a forward: when each unit's weights were there, and when it had been computed, and when
+    the first were and the last had."""
 
     begun: dict[int, Stamp] = field(default_factory=dict)
     ended: dict[int, Stamp] = field(default_factory=dict)
+    first: Stamp | None = None
+    last: Stamp | None = None
     unpacked: int = 0
 
     def read(self) -> TimedForward | None:
@@ -69,10 +72,9 @@ class _Stamps:
             if taken is None:
                 return None
             seconds[unit] = taken
-        if not seconds:
+        if self.first is None or self.last is None:
             return None
-        first, last = next(iter(self.ended)), next(reversed(self.ended))
-        span = seconds_between(self.begun[first], self.ended[last])
+        span = seconds_between(self.first, self.last)
         assert span is not None
         return TimedForward(seconds, span, self.unpacked)
 
@@ -109,12 +111,14 @@ class BlockTimes:
 
     def come(self, unit: int) -> None:
         """The unit's weights are there."""
-        self._now.begun[unit] = stamp(self._device)
+        now = self._now.begun[unit] = stamp(self._device)
+        if self._now.first is None:
+            self._now.first = now
 
     def used(self, unit: int) -> None:
         """It has been computed."""
         if unit in self._now.begun:
-            self._now.ended[unit] = stamp(self._device)
+            self._now.last = self._now.ended[unit] = stamp(self._device)
 
     def end_forward(self, completed: bool, unpacked: int) -> None:
         """`unpacked`: plain bytes, beside its blocks. What a forward that broke off has of them is

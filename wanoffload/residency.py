@@ -418,7 +418,7 @@ def _spread(units: Sequence[UnitBytes], size: _Size, turn: int = 0) -> str:
 
 
 def _streams_least(size: _Size) -> tuple[bool, int, int, int]:
-    """What streams with depth 0 overlaps with nothing: that is the last resort."""
+    """What streams with depth 0 waits for the block before it: that is the last resort."""
     return size.streamed > 0 and size.depth == 0, size.streamed, size.decoded, size.device_bytes
 
 

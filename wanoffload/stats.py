@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Stats:
     """What an offloader did and holds. Counts since `wrap` or the last `reset_stats()`; bytes now.
 
-    `cold`: acquires that found nobody had fetched their block yet. `host_bytes`: of the images in
+    `cold`: acquires that had to start a fetch over the link. `host_bytes`: of the images in
     host memory; `disk_bytes`: of those in files; `plain_bytes`: of all, as they would be if none
     was packed; `unpacked_bytes`: of host memory that packed weights take besides, because they
     were read; `locked_bytes`: page-locked, images and ring;

@@ -111,9 +111,10 @@ class Streaming:
     @property
     def unpacked_beside(self) -> int:
         """Plain bytes that are unpacked in a forward while blocks compute: of what comes packed
-        over the link. What stays packed is unpacked before its block."""
+        over the link. What stays packed is unpacked before its block, and what has one slot for
+        itself behind the block before."""
         residency = self.residency
-        if not residency.streamed_bytes:
+        if not residency.streamed_bytes or not (residency.depth or residency.resident):
             return 0
         there = residency.resident | residency.kept_packed
         passing = (b for number, b in enumerate(self._bindings) if number not in there)
