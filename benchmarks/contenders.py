@@ -39,7 +39,8 @@ DIFFUSERS_LEVELS: dict[str, dict[str, Any]] = {
 class Counters:
     """What an offloader says it has done since it began, and what it holds.
 
-    ``units``: what it streams, one for each block or more.
+    ``units``: what it streams, one for each block or more. ``at_home``: all of it is on the device
+    and nothing is acquired.
     """
 
     acquires: int
@@ -51,6 +52,7 @@ class Counters:
     slot_bytes: int
     ring_bytes: int
     units: int
+    at_home: bool = False
 
 
 class Contender(Protocol):

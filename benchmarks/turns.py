@@ -146,13 +146,17 @@ def fetches_are_right(
     """Whether every block, or part of it, was acquired in every forward, and its bytes came.
 
     An output can be right although the hooks are dead, if the weights happen to be elsewhere.
+    Where all blocks were on the device before, nothing is acquired, nor may anything come.
     ``streamed``: bytes of each forward where some blocks stay on the device; None: all blocks'.
     """
     fetched = after.bytes_fetched - before.bytes_fetched
-    acquired = after.acquires - before.acquires == forwards * max(blocks, after.units)
+    acquired = after.acquires - before.acquires
+    if before.at_home:
+        return after.at_home and acquired == fetched == 0
     # Up to as much as the slots hold was there before, and is there ahead of time after; where
     # they hold everything, nothing has to come twice.
     each = after.host_bytes if streamed is None else streamed
     expected = forwards * each
     least = 0 if after.slot_bytes >= each else expected - after.slot_bytes
-    return acquired and least <= fetched <= expected + after.slot_bytes
+    right = acquired == forwards * max(blocks, after.units)
+    return right and least <= fetched <= expected + after.slot_bytes

@@ -50,10 +50,11 @@ def check(model: nn.Module, name: str = "wan22_5b", forwards: int = 3) -> None:
     expected = forward(MODELS[name].make().to(runtime.device), inputs)
     runtime.poison_slots()
     for number in range(forwards):
-        before = runtime.stats()
+        before, at_home = runtime.stats(), runtime.at_home
         assert torch.equal(forward(model, inputs), expected)
         after = runtime.stats()
-        assert after.acquires - before.acquires == after.units
+        assert after.acquires - before.acquires == (0 if at_home else after.units)
+        assert runtime.at_home == (after.resident_units == after.units)
         if number > 1:
             fetched = after.bytes_fetched - before.bytes_fetched
             assert fetched == runtime.residency.streamed_bytes

@@ -113,7 +113,8 @@ def test_parts_of_a_compiled_block_are_on_the_device_together(
     for _ in range(3):
         assert torch.equal(forward(model, inputs), resident("wan22_5b", device))
     assert max(held) >= 2  # the first of a block is let go while the others are still held
-    assert offloader.stats().acquires == 3 * PARTS["wan22_5b"]
+    forwards = 1 if staying == 100 else 3  # where all stay, no hook runs from the second on
+    assert offloader.stats().acquires == forwards * PARTS["wan22_5b"]
     places = offloader.residency.places
     for block in range(3):
         row = [places[n] for n in range(3 * block, 3 * block + 3) if n in places]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +132,25 @@ class Binding(hooks.Attached):
         for parameters, key, number in self._places:
             parameters[key] = self.weights[number]
 
+    def shows(self) -> bool:
+        """Whether all entries are the host tensors: nobody has put another one there."""
+        return all(parameters.get(key) is self.weights[n] for parameters, key, n in self._places)
+
+    def exchange(self, old: Sequence[object], new: Sequence[Tensor]) -> None:
+        """Entries that are `old`, weight by weight, become `new`; any others are left as they
+        are."""
+        for parameters, key, number in self._places:
+            if parameters.get(key) is old[number]:
+                parameters[key] = new[number]
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        """The weights get these values, on any device, of their shapes and dtypes. As any write;
+        between forwards or before one has brought anything. Raises as `take_ownership`."""
+        with in_turn(self.weights), ordinary_tensors():
+            self.before_write()
+            for weight, value in zip(self.weights, values, strict=True):
+                weight.checked().copy_(value)
+
     def give_back(self) -> None:
         """Entries are ordinary parameters over the image's memory, which they keep alive.
 
@@ -140,10 +159,7 @@ class Binding(hooks.Attached):
         """
         self.take_ownership()
         self.offloader.written.forget(self)
-        plain = [nn.Parameter(w.plain, w.requires_grad) for w in self.weights]
-        for parameters, key, number in self._places:
-            if plain and parameters.get(key) is self.weights[number]:
-                parameters[key] = plain[number]
+        self.exchange(self.weights, [nn.Parameter(w.plain, w.requires_grad) for w in self.weights])
         self.index = -1  # what is still held is written to like any other tensor
 
     def forget_views(self) -> None:
@@ -381,13 +397,15 @@ class Binding(hooks.Attached):
 
     def before_read(self) -> None:
         """Raises TransferError if the image stands in a file that is not what it was. Of a packed
-        one it is found when it is unpacked."""
+        one it is found when it is unpacked. What was written on the device is here, too."""
+        self.offloader.home.bring_back(self)
         if isinstance(self.image, FileImage):
             self.image.check()
 
     def before_write(self) -> None:
         """Fences the engine: no copy reads the image from here on, and none counts that did."""
         self.offloader.refuse_other_thread(f"{self.name} was written to")
+        self.offloader.home.leave_alone(self)
         with self.turn:
             self._fingerprint = None
             if not self.owned:
@@ -407,8 +425,14 @@ class Binding(hooks.Attached):
 
     # A forward of the block.
 
+    @property
+    def aside(self) -> bool:
+        """Whether it is an ordinary block now, with its weights on the device."""
+        return self.offloader.home.has(self.index)
+
     def compiling(self) -> None:
-        """It is about to be compiled: nothing is to be done."""
+        """It is about to be compiled."""
+        self.offloader.leave_home("compile() was called")
 
     def compiled(self) -> None:
         """It is fetched in front of the compiled call from here on: nothing is to be done."""
@@ -499,7 +523,8 @@ class Binding(hooks.Attached):
         # Ordinary tensors, whatever mode the forward that needs them first is in.
         with ordinary_tensors():
             views = [
-                nn.Parameter(place.view(spec), requires_grad=False) for spec in self.layout.specs
+                nn.Parameter(place.view(spec), requires_grad=weight.requires_grad)
+                for spec, weight in zip(self.layout.specs, self.weights, strict=True)
             ]
         self._views[slot] = views
         return views
@@ -538,6 +563,7 @@ class Binding(hooks.Attached):
         """The streamed weights are out of sight while `_apply` walks over the block."""
         if not self.offloader.moving_all:  # the whole model was looked at already
             self.offloader.check_move(fn)
+            self.offloader.leave_home(f"{self.name} was moved")
             self.take_in_changes()
         for parameters, key, _ in self._places:
             parameters[key] = None

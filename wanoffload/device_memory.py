@@ -40,6 +40,12 @@ class Place:
                 return image.device_view(spec, self.memory, start - offset)
         raise AssertionError(f"{spec.name} does not stand in one piece")
 
+    def own_view(self, spec: image.TensorSpec) -> Tensor:
+        """The same, with a storage of its own, so that saving one tensor saves one tensor; it keeps
+        the memory alive. Of a place in one piece."""
+        ((_, start, _),) = self.pieces
+        return image.own_device_view(spec, self.memory, start)
+
     def window(self, nbytes: int) -> Tensor:
         """The first bytes of the image. A copy, if they stand in more than one piece."""
         parts = [self.memory[start : start + size] for _, start, size in self.pieces]

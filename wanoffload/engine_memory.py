@@ -124,7 +124,11 @@ class EngineMemory:
 
     def fingerprint(self, unit: int, slot: int, nbytes: int) -> int:
         """Of a unit's bytes, where it stands. Waits for the device."""
-        window = self.place(unit, slot).window(nbytes)
+        return self.fingerprint_at(self.place(unit, slot), nbytes)
+
+    def fingerprint_at(self, place: Place, nbytes: int) -> int:
+        """Of an image's bytes at a place. Waits for the device."""
+        window = place.window(nbytes)
         if self._device.type != "cuda":
             return fingerprint(window.data_ptr(), nbytes)
         from wanoffload.kernels.fingerprint import fingerprint as device_fingerprint

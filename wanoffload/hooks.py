@@ -42,6 +42,10 @@ def _nothing() -> None:
 class BlockBinding(Protocol):
     """What the hooks ask of a block's unit."""
 
+    @property
+    def aside(self) -> bool:
+        """Whether calls go past it for now."""
+
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
     def own(self, output: Any) -> Any: ...
     def exit(self) -> None: ...
@@ -69,10 +73,7 @@ def install_on_block(block: nn.Module, binding: BlockBinding) -> None:
     block.__dict__[ATTRIBUTE] = binding
     block.__dict__["_apply"] = functools.partial(_apply, block)
     block.__dict__["compile"] = functools.partial(_compile, block)
-    if block._compiled_call_impl is not None:
-        _hook_compiled_call(block)
-    else:
-        hook_forward(block, _block_forward)
+    step_in(block)
 
 
 def install_on_whole(block: nn.Module, binding: BlockBinding) -> None:
@@ -81,9 +82,33 @@ def install_on_whole(block: nn.Module, binding: BlockBinding) -> None:
     block.__dict__[ATTRIBUTE] = binding
     block.__dict__["_apply"] = functools.partial(_apply, block)
     block.__dict__["compile"] = functools.partial(_compile, block)
+    step_in_whole(block, binding)
+
+
+def step_in(block: nn.Module) -> None:
+    """The binding of a block is in the way of its calls."""
+    if block._compiled_call_impl is not None:
+        _hook_compiled_call(block)
+    else:
+        hook_forward(block, _block_forward)
+
+
+def step_in_whole(block: nn.Module, binding: BlockBinding) -> None:
+    """The same, of a block whose parts have bindings: after them."""
     if block._compiled_call_impl is not None:
         binding.compiled()
         _hook_compiled_call(block)
+
+
+def step_aside(module: nn.Module) -> bool:
+    """The binding is in the way of calls no longer; of `.to()` and `compile()` it still is. False
+    if others have put something around it, so that it can't be taken out."""
+    call = module.__dict__.get("_compiled_call_impl")
+    if not _is_ours(call):
+        return unhook_forward(module)
+    module._compiled_call_impl = call.args[1]
+    unhook_forward(module)
+    return True
 
 
 def install_on_model(model: nn.Module, binding: ModelBinding) -> None:
@@ -101,10 +126,7 @@ def remove(module: nn.Module) -> None:
     for name in ("_apply", "compile", "state_dict", "load_state_dict"):
         if _is_ours(module.__dict__.get(name)):
             del module.__dict__[name]
-    call = module.__dict__.get("_compiled_call_impl")
-    if _is_ours(call):
-        module._compiled_call_impl = call.args[1]
-    unhook_forward(module)
+    step_aside(module)
     module.__dict__.pop(ATTRIBUTE, None)
 
 
@@ -165,12 +187,15 @@ def hook_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     place.set(functools.update_wrapper(hook, inner or place.bound_class_forward()))
 
 
-def unhook_forward(module: nn.Module) -> None:
+def unhook_forward(module: nn.Module) -> bool:
+    """Whether our hook was there, where the innermost forward is kept."""
     place = _ForwardPlace(module)
     current = place.get()
-    if current is not None and _is_ours(current):
-        place.set(current.args[1])
-        _forget(module.__dict__.get("forward"), current)
+    if current is None or not _is_ours(current):
+        return False
+    place.set(current.args[1])
+    _forget(module.__dict__.get("forward"), current)
+    return True
 
 
 def _forget(outer: Any, ours: Any) -> None:
@@ -191,7 +216,7 @@ def call_inner(module: nn.Module, inner: Callable[..., Any] | None, args: Any, k
 @ours
 def _block_forward(block: nn.Module, inner: Any, /, *args: Any, **kwargs: Any) -> Any:
     binding: BlockBinding | None = block.__dict__.get(ATTRIBUTE)
-    if binding is None:
+    if binding is None or binding.aside:  # what others have put around it can't be taken out
         return call_inner(block, inner, args, kwargs)
     binding.enter(args, kwargs)
     try:
@@ -243,7 +268,7 @@ def _hook_compiled_call(block: nn.Module) -> None:
 @ours
 def _compiled_call(block: nn.Module, compiled: Any, /, *args: Any, **kwargs: Any) -> Any:
     binding: BlockBinding | None = block.__dict__.get(ATTRIBUTE)
-    if binding is None:
+    if binding is None or binding.aside:
         return compiled(*args, **kwargs)
     binding.enter(args, kwargs)
     try:

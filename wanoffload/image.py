@@ -92,6 +92,36 @@ def device_view(spec: TensorSpec, memory: Tensor, start: int) -> Tensor:
     return _typed(memory[first : first + spec.nbytes], spec)
 
 
+class _Bytes:
+    """Some of a tensor's bytes on a CUDA device, for `torch.as_tensor`, which keeps it alive."""
+
+    def __init__(self, memory: Tensor, first: int, nbytes: int) -> None:
+        self._memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (memory.data_ptr() + first, False),
+            "version": 3,
+        }
+
+
+def own_device_view(spec: TensorSpec, memory: Tensor, start: int) -> Tensor:
+    """As `device_view`, with a storage of its own, which keeps `memory` alive. No copy.
+
+    It begins `ALIGNMENT` bytes before the tensor, which are there: the compiler treats views at the
+    start of a storage apart from others.
+    """
+    if spec.nbytes == 0:
+        return device_view(spec, memory, start)
+    first = start + spec.offset - ALIGNMENT
+    nbytes = ALIGNMENT + spec.nbytes
+    if memory.device.type == "cuda":
+        window = torch.as_tensor(_Bytes(memory, first, nbytes), device=memory.device)
+    else:
+        window = torch.frombuffer(memory.numpy()[first : first + nbytes], dtype=torch.uint8)
+    return _typed(window[ALIGNMENT:], spec)
+
+
 def host_view(spec: TensorSpec, image: Image) -> Tensor:
     """The tensor over the image's host bytes, with a storage of its own. No copy.
 

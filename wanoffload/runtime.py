@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wanoffload import hooks, units
 from wanoffload._C import Backend, Image, PackedImage
 from wanoffload.activations import Activations, TorchMemory, shapes
+from wanoffload.at_home import AtHome
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget
 from wanoffload.device_memory import SlotMemory
@@ -65,6 +66,7 @@ class Offloader(hooks.Attached):
         self.memory = EngineMemory(device, slots)
         self.engine = Engine(device, backend, self.memory)
         self.streaming = Streaming(self.engine, planner, self._rates)
+        self.home = AtHome(self)
         self.bindings: list[Binding] = []
         self.together: list[Together] = []
         self.residents: set[tuple[int, str]] = set()  # (id of owner, key) of weights that stay
@@ -182,14 +184,16 @@ class Offloader(hooks.Attached):
             raise WrapError("a wrapped model can't be traced: call wanoffload.unwrap() first")
         if self.before_forward is not None:
             self.before_forward()
+        self.home.leave_if_written_on_host()
         self.written.settle()
         self._drop_read()
         if self._activations is not None:
             self._leave_room(self._activations, inputs)
-        if self.streaming.depends_on_rates(self._budget.nbytes):
-            self._look_at_rates(inputs)
-        self.resume()
-        self._recover()
+        if not self.home.there:
+            if self.streaming.depends_on_rates(self._budget.nbytes):
+                self._look_at_rates(inputs)
+            self.resume()
+            self._recover()
         self._sequence.clear()
         self._step_time.begin_forward()
         if self._activations is not None:
@@ -236,14 +240,17 @@ class Offloader(hooks.Attached):
         if not self.in_forward():
             return  # it never began
         try:
-            self._rates.blocks.end_forward(completed, self.streaming.unpacked_beside)
-            self._recover()
+            if not self.home.there:
+                self._rates.blocks.end_forward(completed, self.streaming.unpacked_beside)
+                self._recover()
             self._step_time.end_forward(completed)
             if self._activations is not None:
                 self._look_at_activations(self._activations, completed)
             if completed:
                 self._forwards += 1
+            if completed and not self.home.there:
                 self._learn_order()
+                self._go_home()
         finally:
             self.thread.leave()
 
@@ -278,6 +285,29 @@ class Offloader(hooks.Attached):
                 return self._pause(keep_homes=True)
             self.engine.prefetcher.set_order(self.streaming.order)
             self.engine.prefetcher.prefetch()
+
+    # Where all stay on the device.
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the blocks are ordinary modules now: all stay on the device, and have come. Their
+        parameters are on the device also outside of a forward, and no hook of a block runs."""
+        return self.home.there
+
+    def _go_home(self) -> None:
+        """Behind a forward."""
+        everything = len(self.residency.resident) == len(self.bindings)
+        if everything and not self.paused and not self.verify:
+            used = set(self._sequence)
+            if len(used) == len(self.bindings):  # and so has come
+                self.home.go()
+
+    def leave_home(self, why: str) -> None:
+        """The host's images are the truth again, and blocks are fetched, if that was not so. Raises
+        ConcurrentForwardError, which says why it was to be, during a forward."""
+        if self.home.there:
+            with self.thread.between_forwards(why, "do it afterwards"):
+                self.home.leave()
 
     def start(self) -> None:
         """Fetches the first blocks, so that the first forward finds them."""
@@ -327,6 +357,7 @@ class Offloader(hooks.Attached):
             self._pause(keep_homes=keep_residents)
 
     def _pause(self, keep_homes: bool = False) -> None:
+        self.home.leave()
         self._step_time.restart()
         self.streaming.let_go(keep_homes)
 
@@ -408,6 +439,7 @@ class Offloader(hooks.Attached):
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Refuses what can't be done before anything moves; each block then hides its weights."""
         self.check_move(fn)
+        self.leave_home("the model was moved")
         for binding in self.bindings:
             binding.take_in_changes()
         self.moving_all = True
@@ -445,6 +477,7 @@ class Offloader(hooks.Attached):
             kept_packed_units=sum(h.wanted.as_stored for h in self.memory.homes.units.values()),
             resident_bytes=sum(home.place.nbytes for home in self.memory.homes.units.values()),
             device_bytes=self.device_bytes,
+            at_home=self.at_home,
         )
 
     @property
@@ -501,6 +534,7 @@ class Offloader(hooks.Attached):
             return
         if self.thread.is_any():
             raise ConcurrentForwardError("a forward of this model is running: close it afterwards")
+        self.home.leave()
         self.streaming.let_go(keep_homes=False)
         self._closed = True
         for binding in self.bindings:

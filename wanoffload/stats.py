@@ -21,7 +21,7 @@ class Stats:
     bytes. `resident_units`: blocks that stay on the device, plain; `kept_packed_units`: those that
     stay there packed and are unpacked for each use; `resident_bytes`: of both, on the device;
     `device_bytes`: of all weights on the device, as the allocator counts them: what `vram_budget`
-    limits.
+    limits. `at_home`: all blocks are there and no hook of theirs runs, so that nothing is acquired.
     `predicted_step_seconds`: of a denoising step,
     by the plan; `measured_step_seconds`: of the second step. None where nothing was predicted, or
     the device has not got that far.
@@ -51,3 +51,4 @@ class Stats:
     kept_packed_units: int = 0
     resident_bytes: int = 0
     device_bytes: int = 0
+    at_home: bool = False

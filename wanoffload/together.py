@@ -28,9 +28,15 @@ class Together(hooks.Attached):
         self._parts = parts
         self._inside = ExitStack()
 
+    @property
+    def aside(self) -> bool:
+        """As of a Binding."""
+        return self._parts[0].aside
+
     def compiling(self) -> None:
         """The block is about to be compiled. Raises WrapError, and nothing has changed, if the
         budget is too small to hold it as a whole."""
+        self._offloader.leave_home("compile() was called")
         self._offloader.use_together()
 
     def compiled(self) -> None:
@@ -59,6 +65,7 @@ class Together(hooks.Attached):
         """Refuses what can't be done before any part moves."""
         if not self._offloader.moving_all:
             self._offloader.check_move(fn)
+            self._offloader.leave_home("a block was moved")
         yield
 
 
