@@ -17,7 +17,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import wanoffload
 from tests.small_models import MODELS, forward
-from wanoffload import ConcurrentForwardError, HostMemoryError, Offloader, WrapError, hooks
+from wanoffload import (
+    ConcurrentForwardError,
+    HostMemoryError,
+    MoveError,
+    Offloader,
+    WrapError,
+    hooks,
+)
 from wanoffload.host_tensor import HostTensor
 
 KIND = MODELS["wan22_5b"]
@@ -79,8 +86,6 @@ LEAVING: dict[str, Callable[[Any, Offloader], object]] = {
     "pause": lambda model, runtime: runtime.pause(),
     "pause, keep": lambda model, runtime: runtime.pause(keep_residents=True),
     "set_prefetch": lambda model, runtime: runtime.set_prefetch(2),
-    "to": lambda model, runtime: model.to(runtime.device),
-    "to, a block": lambda model, runtime: model.blocks[1].to(runtime.device),
     "unwrap": lambda model, runtime: wanoffload.unwrap(model, runtime.device),
 }
 
@@ -146,6 +151,26 @@ def test_what_is_written_there_is_not_lost_whatever_ends_it(
     assert runtime.at_home
     LEAVING[way](model, runtime)
     assert not runtime.at_home
+    check(model, other)
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_moving_it_to_where_it_is_changes_nothing_and_elsewhere_is_refused(
+    options: dict[str, Any], device: str
+) -> None:
+    model, runtime = at_home(device, **options)
+    other = twin(device)
+    for each in (model, other):
+        in_place(each)
+    for module in (model, model.blocks[1]):
+        assert module.to(runtime.device) is module
+        with pytest.raises(MoveError):
+            module.to(torch.float16)
+        with pytest.raises(MoveError):
+            module.to("meta")
+    assert runtime.at_home
+    check(model, other)
+    runtime.set_budget(NONE)
     check(model, other)
 
 
@@ -396,7 +421,7 @@ def test_during_a_forward_it_is_not_left(device: str) -> None:
     seen: list[BaseException] = []
 
     def try_all(*_: object) -> None:
-        for way in (lambda: model.to(runtime.device), lambda: runtime.set_budget(NONE)):
+        for way in (lambda: runtime.set_budget(NONE), lambda: wanoffload.unwrap(model)):
             try:
                 way()
             except ConcurrentForwardError as error:

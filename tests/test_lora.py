@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -41,14 +41,20 @@ def file_keys(state: State, prefix: str = "") -> State:
     return {f"{prefix}{key.replace('.default', '')}": value for key, value in state.items()}
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["plain", "packed"])
-def pack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How the blocks of every test are stored."""
-    monkeypatch.setattr(Pair, "pack", request.param)
+STORED = {"plain": {}, "packed": {"pack": True}, "at home": {"vram_budget": "1GiB"}}
+
+
+@pytest.fixture(autouse=True, params=STORED)
+def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the blocks of every test are stored: "at home", on the device, once they have come."""
+    monkeypatch.setattr(Pair, "options", STORED[request.param])
+
+
+only_streamed = pytest.mark.parametrize("stored", ["plain", "packed"], indirect=True)
 
 
 def wrap(model: Any, device: str) -> Any:
-    wanoffload.wrap(model, 1, device=device, pack=Pair.pack)
+    wanoffload.wrap(model, 1, device=device, **Pair.options)
     wanoffload.offloader(model).poison_slots()
     return model
 
@@ -60,7 +66,7 @@ def values(model: Any) -> State:
 class Pair:
     """A resident model and a streamed one that go through the same operations."""
 
-    pack = False
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, name: str, device: str, home: str | None = None) -> None:
         """`home`: where both models are changed while they are not streamed."""
@@ -86,7 +92,8 @@ class Pair:
             operation(model, self.name)
 
     def check(self) -> list[Tensor]:
-        """Two forwards of each are equal, and every block of the streamed one was fetched."""
+        """Two forwards of each are equal, and every block of the streamed one was fetched, or is at
+        home by now."""
         outputs = []
         before = wanoffload.offloader(self.streamed).stats() if self.wrapped else None
         self.resident.to(self.device)
@@ -97,6 +104,10 @@ class Pair:
             assert torch.equal(forward(self.streamed, inputs), outputs[-1]), f"text {text}"
         if before is not None:
             after = wanoffload.offloader(self.streamed).stats()
+            if "vram_budget" in self.options:
+                assert after.at_home
+                assert {p.device.type for p in self.streamed.parameters()} == {self.device}
+                return outputs
             assert after.acquires - before.acquires == 2 * self.kind.units
             assert after.bytes_fetched - before.bytes_fetched >= after.host_bytes
             self.check_homes()
@@ -250,13 +261,14 @@ def test_adapters_wrapped_in_any_state_are_right(last: int, device: str) -> None
     pair.check_values()
 
 
+@only_streamed
 @pytest.mark.parametrize("operation", [fuse, fuse_safely])
 def test_fusing_takes_effect_although_every_block_was_fetched_before(
     operation: Callable[[Any, str], None], device: str
 ) -> None:
     kind = MODELS["wan21_t2v"]
     pair = Pair("wan21_t2v", device)
-    wanoffload.wrap(pair.streamed, kind.units, device=device, pack=pair.pack)
+    wanoffload.wrap(pair.streamed, kind.units, device=device, **pair.options)
     pair.both(load)
     inputs = kind.inputs(device)
     forward(pair.streamed, inputs)
@@ -272,6 +284,7 @@ def test_fusing_takes_effect_although_every_block_was_fetched_before(
     assert after.acquires - before.acquires == 2 * kind.units
 
 
+@only_streamed
 def test_a_scale_for_one_forward_is_that_of_the_resident_model(device: str) -> None:
     pair = Pair("wan21_t2v", device)
     pair.wrap()
@@ -332,6 +345,7 @@ def test_an_adapter_swapped_for_another_takes_effect_in_the_next_forward(
     pair.check_values()
 
 
+@only_streamed
 def test_a_streamed_adapter_swapped_for_a_larger_one_is_an_error_by_name(device: str) -> None:
     pair = Pair("wan21_t2v", device)
     pair.both(load)
@@ -347,6 +361,7 @@ def test_a_streamed_adapter_swapped_for_a_larger_one_is_an_error_by_name(device:
     pair.check_values()
 
 
+@only_streamed
 def test_a_weight_can_not_be_swapped_for_another_tensor_unnoticed(device: str) -> None:
     """`torch.utils.swap_tensors` puts another tensor into the same Python object."""
     pair = Pair("wan21_t2v", device)
@@ -429,6 +444,7 @@ PIPELINE_LIFE: list[Callable[[Any], None]] = [
 ]
 
 
+@only_streamed
 def test_loras_of_a_pipeline_are_those_of_the_resident_one(device: str) -> None:
     resident, streamed = pipeline(device), pipeline(device)
     for name in EXPERTS:
@@ -476,6 +492,7 @@ def test_fused_projections_are_streamed_like_other_weights(device: str) -> None:
     pair.check_values()
 
 
+@only_streamed
 def test_fusing_projections_of_a_wrapped_model_is_an_error_by_name(device: str) -> None:
     pair = Pair("wan21_i2v", device)
     pair.wrap()

@@ -751,10 +751,12 @@ def test_automatic_granularity_takes_blocks_where_they_fit_and_parts_where_they_
     parts, blocks = (large_rows("cpu", granularity=each) for each in ("part", "block"))
     others = wanoffload.offloader(blocks).streaming.planner.others
     two_slots = others + allocated(256 + 2 * wanoffload.offloader(blocks).memory.slots.slot_bytes)
+    everything = wanoffload.offloader(blocks).stats().plain_bytes + two_slots
     x = torch.linspace(-1, 1, 1024, device=device).view(2, 512)
     for budget, chosen in (
         (None, "block"),
-        (two_slots, "block"),
+        (everything, "block"),
+        (two_slots, "part"),  # some of which stay
         (two_slots - 1, "part"),
         (ring_budget(parts, together=False), "part"),
     ):

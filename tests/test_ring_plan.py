@@ -19,7 +19,7 @@ from tests.small_models import MODELS
 from wanoffload import ring_plan
 from wanoffload.errors import WrapError
 from wanoffload.image import ImageLayout, TensorSpec, aligned, lay_out
-from wanoffload.residency import Residency, UnitBytes
+from wanoffload.residency import Residency, UnitBytes, evenly
 from wanoffload.ring import LEAST_PIECE, MOST, Piece, Place, Ring, cut, ring_of
 from wanoffload.ring_plan import Part, choose_parts, parts_of
 from wanoffload.units import PART, find_units
@@ -612,10 +612,34 @@ def test_whole_blocks_stay_evenly_and_single_parts_of_others_with_what_is_left()
         whole = [block for block, numbers in stay.items() if len(numbers) == 3]
         some = [numbers for numbers in stay.values() if len(numbers) in (1, 2)]
         assert all(numbers[0] % 3 == 2 for numbers in some)  # the largest of its block
-        assert len(some) <= 3
         around = [*whole, whole[0] + 40]
         distances = {b - a for a, b in pairwise(around)}
         assert max(distances) - min(distances) <= 1
+
+
+@pytest.mark.parametrize("gigabytes", [21, 24, 27])
+def test_of_whole_blocks_and_largest_parts_of_others_no_choice_that_fits_streams_less(
+    gigabytes: int,
+) -> None:
+    parts = parts_of_14b()
+    plan = choose_parts(parts, gigabytes * 10**9, others=OTHERS, prefetch=None)
+    planner = ring_plan._Planner(tuple(parts), tuple(range(120)), OTHERS, CHUNK)
+    budget, tried = gigabytes * 10**9, 0
+    for whole in range(41):
+        blocks = evenly(whole, 40)
+        others = [block for block in range(40) if block not in blocks]
+        for more in range(len(others) + 1):
+            largest = {3 * others[at] + 2 for at in evenly(more, len(others), 0.5)}
+            stay = frozenset({3 * block + i for block in blocks for i in range(3)} | largest)
+            held = sum(parts[n].takes.plain for n in stay)
+            streamed = sum(part.takes.stored for part in parts) - held
+            if streamed < plan.streamed_bytes and held + OTHERS < budget:
+                tried += 1
+                assert planner.bytes_with(stay, 1) > budget
+    assert tried
+    if gigabytes == 27:  # of each block that streams
+        assert all(n % 3 != 2 for n in plan.places)
+        assert plan.ring_bytes < 0.45e9
 
 
 def test_little_of_the_budget_is_left() -> None:

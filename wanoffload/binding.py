@@ -563,8 +563,11 @@ class Binding(hooks.Attached):
         """The streamed weights are out of sight while `_apply` walks over the block."""
         if not self.offloader.moving_all:  # the whole model was looked at already
             self.offloader.check_move(fn)
-            self.offloader.leave_home(f"{self.name} was moved")
-            self.take_in_changes()
+            if not self.aside:
+                self.take_in_changes()
+        if self.aside:
+            yield
+            return
         for parameters, key, _ in self._places:
             parameters[key] = None
         try:

@@ -1,7 +1,7 @@
 """What stays on the device where parts of blocks stream, and how large their ring is. Pure.
 
-As many blocks stay as a whole as fit, evenly spaced, so that the parts between them follow each
-other as before; what is left is for single parts of other blocks.
+Blocks stay as a whole, evenly spaced, and of others their largest parts: of all ways to do that
+within a budget, the one beside which least streams.
 """
 
 from __future__ import annotations
@@ -178,19 +178,17 @@ class _Planner:
 
     def _choices(self) -> list[frozenset[int]]:
         """What may stay, those first beside which least passes: any number of blocks, evenly
-        spaced, with as many single parts of others as take less than one block more."""
+        spaced, with the largest part of any number of others, up to all: so the same share of every
+        block, too. Without the largest parts the ring is smaller."""
         blocks = self._blocks()
-        most = max(sum(map(self._home, block)) for block in blocks)
         choices = []
         for some in range(len(blocks) + 1):
             whole = frozenset(n for at in evenly(some, len(blocks)) for n in blocks[at])
             rest = [block for block in blocks if whole.isdisjoint(block)]
             largest = [max(block, key=lambda n: self.parts[n].takes.plain) for block in rest]
             for more in range(len(largest) + 1):
-                singles = [largest[at] for at in evenly(more, len(largest), 0.5)]
-                if singles and sum(map(self._home, singles)) >= most:
-                    break
-                choices.append(whole.union(singles))
+                singles = evenly(more, len(largest), 0.5)
+                choices.append(whole.union(largest[at] for at in singles))
         return sorted(choices, key=self._passing)
 
     def _passing(self, resident: frozenset[int]) -> int:

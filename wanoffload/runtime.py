@@ -437,11 +437,12 @@ class Offloader(hooks.Attached):
 
     @contextmanager
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Refuses what can't be done before anything moves; each block then hides its weights."""
+        """Refuses what can't be done before anything moves; each block then hides its weights,
+        unless it is at home, and they may be seen."""
         self.check_move(fn)
-        self.leave_home("the model was moved")
         for binding in self.bindings:
-            binding.take_in_changes()
+            if not binding.aside:
+                binding.take_in_changes()
         self.moving_all = True
         try:
             yield

@@ -65,7 +65,6 @@ class Together(hooks.Attached):
         """Refuses what can't be done before any part moves."""
         if not self._offloader.moving_all:
             self._offloader.check_move(fn)
-            self._offloader.leave_home("a block was moved")
         yield
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from wanoffload import hooks, host_memory, image, residency
+from wanoffload import hooks, host_memory
 from wanoffload._C import Backend, HostImage, HostStore
 from wanoffload.binding import Binding
 from wanoffload.budget import Budget, BudgetLike
-from wanoffload.device_memory import SlotMemory, as_allocated
+from wanoffload.device_memory import SlotMemory
 from wanoffload.engine import backend_for
 from wanoffload.errors import WrapError
+from wanoffload.granularity import bytes_of_others, granularity_for, lay_out
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.host_tiers import AUTO, DISK, HostChoice, HostPlan, assign
 from wanoffload.image import ImageLayout
@@ -42,7 +43,6 @@ from wanoffload.units import (
     check_wrappable,
     find_units,
     granularity_of,
-    tie_key,
 )
 from wanoffload.weights import OwnTensors, Weights
 
@@ -98,8 +98,8 @@ def wrap(
             block calls, such as `attn1`, `attn2` and `ffn`, which pass through a ring of bytes and
             are cut into pieces there: blocks of 0.70 GB through 0.60 GB, where two slots take 1.41,
             at the same speed. Blocks that are compiled need all their parts at once, and twice
-            that. Nothing is kept packed on the device. "auto": parts, if `vram_budget` is too small
-            to fetch one block while another computes.
+            that. Nothing is kept packed on the device. "auto": parts, if under `vram_budget` less
+            has to be streamed so, or there is no room to fetch one block while another computes.
         host: where the weights stand on the host. "pinned": page-locked memory, one copy at the
             link's rate. "pageable": ordinary memory, copied through a page-locked ring of 128 MiB.
             "disk": in a file, read for each use through a ring of 1 GiB at most. "auto": pinned, as
@@ -220,9 +220,9 @@ def start(
     _check_share(share, host, pack)
     budget = Budget.of(vram_budget, device)
     what = f"{title} {type(module).__name__}"
-    granularity = _granularity(module, granularity, budget, prefetch, pack)
+    granularity = granularity_for(module, granularity, budget.nbytes, prefetch, bool(pack))
     units = find_units(module, granularity)
-    layouts = _lay_out(units)
+    layouts = lay_out(units)
     packable = _look_at_packing(weights, units, layouts)
     room, lockable = _room(weights, units, layouts)
     packed, why = choose(pack, packable, host, room, lockable)
@@ -255,43 +255,6 @@ def start(
     whole = bool(packed) and packed == packable.units
     runtime.pack = 1.0 if whole else len(packed) / len(units)
     return runtime
-
-
-def _lay_out(units: list[Unit]) -> list[ImageLayout]:
-    return [
-        image.lay_out((group[0].name, group[0].tensor) for group in unit.groups) for unit in units
-    ]
-
-
-def _granularity(
-    module: nn.Module, asked: str, budget: Budget, prefetch: int | None, pack: Pack
-) -> str:
-    """What a unit is: with "auto", a part of a block where the budget has no room for a block that
-    is fetched beside the one in use. Blocks that are compiled are used as a whole anyway."""
-    if asked != AUTO_GRANULARITY:
-        return asked
-    units = find_units(module)
-    if budget.nbytes is None or any_compiled(units):
-        return BLOCK
-    sizes = [
-        residency.UnitBytes(layout.nbytes, layout.nbytes, bool(pack)) for layout in _lay_out(units)
-    ]
-    try:
-        found = residency.choose(
-            sizes, budget.nbytes, others=bytes_of_others(module, units), prefetch=prefetch
-        )
-    except WrapError:
-        return PART
-    overlaps = found.depth > 0 or found.streamed_bytes == 0
-    return BLOCK if overlaps or prefetch == 0 else PART
-
-
-def bytes_of_others(module: nn.Module, units: list[Unit]) -> int:
-    """What stays on the device besides units, as the allocator counts it."""
-    streamed = {id(entry.tensor) for unit in units for group in unit.groups for entry in group}
-    tensors = [*module.parameters(), *module.buffers()]
-    others = {tie_key(t): t.nbytes for t in tensors if id(t) not in streamed}
-    return sum(as_allocated(nbytes) for nbytes in others.values())
 
 
 def _check_share(share: str | None, host: HostChoice, pack: Pack) -> None:
