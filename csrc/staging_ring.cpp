@@ -8,10 +8,6 @@ namespace wanoffload {
 namespace {
 
 const StagingMemory& checked(const StagingMemory& memory) {
-  if (memory.slots.size() < 2) {
-    throw UsageError(
-        "staging memory needs two slots at least: one is copied into while another is unpacked");
-  }
   for (const DeviceAddress address : memory.slots) {
     StagingRing::check_aligned(address, "a staging slot");
   }

@@ -12,7 +12,7 @@
 namespace wanoffload {
 
 struct StagingMemory {
-  std::vector<DeviceAddress> slots;  // equal; two at least, at multiples of 16
+  std::vector<DeviceAddress> slots;  // equal, at multiples of 16; one: copies wait for unpacking
   std::size_t slot_bytes = 0;
 };
 

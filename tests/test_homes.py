@@ -539,8 +539,6 @@ def test_a_packed_unit_s_home_is_aligned_and_has_what_unpacks_it() -> None:
     for home in ({}, {"home": [(256, CHUNK)]}):
         with pytest.raises(UsageError, match=rf"staging memory .* {packed.largest_chunk} bytes"):
             engine([256], CHUNK).add_unit(packed, **home)
-    with pytest.raises(UsageError, match="two slots at least"):
-        engine([256], CHUNK, staging=[256], staging_bytes=CHUNK)
 
 
 @pytest.mark.parametrize("stays", [LIVES, KEPT])

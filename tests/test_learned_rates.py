@@ -166,12 +166,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
     return rates
 
 
-def streamed(resident: int, **options: Any) -> tuple[nn.Module, Offloader]:
-    """With room for so many blocks besides what the slots take."""
+def streamed(resident: float, **options: Any) -> tuple[nn.Module, Offloader]:
+    """With room for so many blocks besides what the slots take. 3.3: all can be kept packed, and
+    not all but two be resident beside one staging slot."""
     given = {"device": "cpu", "pack": True, **options}
     runtime = wanoffload.offloader(wanoffload.wrap(KIND.make(), 1, **given))
     block = runtime.memory.slots.slot_bytes + 256
-    budget = runtime.device_bytes + resident * block
+    budget = runtime.device_bytes + int(resident * block)
     model = wanoffload.wrap(KIND.make(), 1, **given, vram_budget=budget)
     return model, wanoffload.offloader(model)
 
@@ -185,7 +186,7 @@ def run_model(model: nn.Module, forwards: int) -> None:
 
 def test_plain_blocks_stay_where_the_link_does_not_bind(told: dict[str, Rates]) -> None:
     told["now"] = SLOW_COMPUTE
-    model, runtime = streamed(4)
+    model, runtime = streamed(3.3)
     before = runtime.residency
     assert before.kept_packed
     run_model(model, 1)
@@ -201,7 +202,7 @@ def test_plain_blocks_stay_where_the_link_does_not_bind(told: dict[str, Rates]) 
 
 def test_what_is_expected_counts_until_it_is_found_out(told: dict[str, Rates]) -> None:
     told["now"] = SLOW_LINK
-    model, runtime = streamed(4)
+    model, runtime = streamed(3.3)
     before = runtime.residency
     runtime.expect(None, 1, SLOW_LINK)
     assert not runtime.paused  # that is how blocks stay already
@@ -236,7 +237,7 @@ def test_blocks_say_how_long_all_of_them_take(
         return SLOW_LINK
 
     monkeypatch.setattr(LearnedRates, "with_compute", with_compute)
-    model, runtime = streamed(4)
+    model, runtime = streamed(3.3)
     run_model(model, 4)
     assert asked == [pytest.approx(1.25 * len(runtime.bindings))]  # of 1 s and 1.5 s
 
@@ -259,7 +260,7 @@ def test_what_is_unpacked_beside_blocks_is_what_streams_packed(told: dict[str, R
 
 def test_a_plan_stays_where_another_would_gain_nothing(told: dict[str, Rates]) -> None:
     told["now"] = SLOW_LINK
-    model, runtime = streamed(4)
+    model, runtime = streamed(3.3)
     before = runtime.residency
     engine = runtime.engine.prefetcher
     run_model(model, 4)
@@ -269,7 +270,7 @@ def test_a_plan_stays_where_another_would_gain_nothing(told: dict[str, Rates]) -
 
 def test_a_model_that_found_too_little_memory_does_not_ask_for_more(told: dict[str, Rates]) -> None:
     told["now"] = SLOW_COMPUTE
-    model, runtime = streamed(4)
+    model, runtime = streamed(3.3)
     runtime.streaming.short = True
     before = runtime.residency
     run_model(model, 4)
@@ -278,7 +279,7 @@ def test_a_model_that_found_too_little_memory_does_not_ask_for_more(told: dict[s
 
 def test_a_larger_budget_is_spent_by_what_was_found(told: dict[str, Rates]) -> None:
     told["now"] = SLOW_COMPUTE
-    model, runtime = streamed(4)
+    model, runtime = streamed(3.3)
     run_model(model, 4)
     runtime.set_budget(runtime.budget.nbytes + runtime.memory.slots.slot_bytes)  # type: ignore[operator]
     run_model(model, 3)

@@ -12,6 +12,7 @@ while the device would have waited costs nothing.
 - The host runs ahead of the device and costs nothing.
 - A packed unit's copy runs ahead of its slot by the staging memory. Its unpacking starts when the
   slot is free and so late that it ends no sooner than the copy (chunks follow each other closely).
+  With one staging slot nothing is copied while a chunk is unpacked.
 - A resident unit needs nothing.
 - With depth 0 a unit's slot is free when the unit used before it, out of a slot, has been computed.
 - Where there is a slot for each unit that passes through them, all stay, and nothing moves.
@@ -37,6 +38,7 @@ class Assignment:
     letters: str
     depth: int
     staging_bytes: int = 0  # of all the staging slots together
+    staging_slots: int = 3
 
     @property
     def passing(self) -> list[int]:
@@ -121,6 +123,8 @@ class _Traffic:
             self.link = self.arrived[place] = max(self.link, free) + copy
             return
         ahead = self.plan.staging_bytes / (self.rates.link_gb_per_s * GB)
+        if self.plan.staging_slots == 1:
+            copy += _unpack(unit, self.rates)
         self.link = max(self.link, free - ahead) + copy
         self._unpack(place, max(free, self.link - _unpack(unit, self.rates)))
 

@@ -281,9 +281,8 @@ class Prefetcher:
     """The order of units, and how far ahead of their use they are fetched.
 
     `owner` is kept alive until the engine has closed: what holds the memory of slots and staging.
-    `staging`: addresses of equal slots of device memory, `staging_bytes` each, two at least,
-    through which packed images pass. Without them a packed image is refused, unless its packed
-    bytes have a home.
+    `staging`: addresses of equal slots of device memory, `staging_bytes` each, through which packed
+    images pass. Without them a packed image is refused, unless its packed bytes have a home.
     """
 
     def __init__(

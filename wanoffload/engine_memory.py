@@ -14,7 +14,6 @@ from wanoffload.device_memory import Homes, Place, SlotMemory, Wanted, no_memory
 from wanoffload.host_tensor import ordinary_tensors
 from wanoffload.packing import largest_chunk
 from wanoffload.residency import Residency, allocated
-from wanoffload.staging import STAGING_SLOTS
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +73,10 @@ class EngineMemory:
         """For the largest chunk of what comes packed over the link: always, or to its home."""
         over_link = (each for n, each in enumerate(images) if n not in residency.kept_packed)
         nbytes = max(map(largest_chunk, over_link), default=0)
-        if self.staging.slot_bytes != nbytes:
+        count = residency.staging_slots if nbytes else 0
+        if (self.staging.count, self.staging.slot_bytes) != (count, nbytes):
             self.staging = no_memory()
-            self.staging = (
-                SlotMemory(STAGING_SLOTS, nbytes, self._device) if nbytes else no_memory()
-            )
+            self.staging = SlotMemory(count, nbytes, self._device) if count else no_memory()
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, count
+from itertools import accumulate, count, product
 from math import inf, prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +31,9 @@ DEPTHS = (1, 2, 0)
 """What is chosen from, the first where two are as good."""
 AS_GOOD = 1.002
 """A plan that takes this much longer than the quickest is preferred if it takes less memory."""
+TIGHT = 1.005
+"""With one staging slot a forward counts as so many times as long as it is timed: more than
+AS_GOOD, so that it is taken where there is no room for more, and not to spare memory."""
 MOST_PLANS = 1500
 """For each depth. Where there would be more, units of similar sizes count as one kind; where that
 is not enough, only every second number of them is looked at, or third, and so on."""
@@ -81,6 +84,8 @@ class Residency:
         slots: 0 when everything is resident.
         slot_bytes: of the largest unit that passes through slots.
         staging_bytes: of one staging slot; 0 if nothing packed comes over the link, not even once.
+        staging_slots: of so many bytes each. One where the budget has no room for more: then
+            nothing is copied while a chunk is unpacked.
         device_bytes: everything: others, slots, staging, residents, as the allocator counts it.
         streamed_bytes: over the link in each forward. 0 where all that pass have a slot each; of
             parts, those that stand on bytes of others in the ring.
@@ -102,6 +107,7 @@ class Residency:
     decoded_bytes: int
     seconds: float | None
     sentence: str
+    staging_slots: int = STAGING_SLOTS
     ring_bytes: int = 0
     places: Mapping[int, Place] = field(default_factory=dict)
 
@@ -155,8 +161,9 @@ def forward_seconds(units: Sequence[UnitBytes], plan: Residency, rates: Rates) -
         "r" if number in plan.resident else "k" if number in plan.kept_packed else "s"
         for number in range(len(units))
     )
-    staging = STAGING_SLOTS * plan.staging_bytes
-    return max(device, link, _steady(units, letters, plan.depth, staging, rates))
+    staging = plan.staging_slots, plan.staging_bytes
+    longer = TIGHT if plan.staging_slots == 1 else 1.0
+    return longer * max(device, link, _steady(units, letters, plan.depth, staging, rates))
 
 
 def least(
@@ -220,7 +227,7 @@ class _Share(NamedTuple):
 
 
 class _Size(NamedTuple):
-    """A plan before the units are spread. Sorted by memory."""
+    """A plan before the units are spread. Sorted by memory. `tight`: with one staging slot."""
 
     device_bytes: int
     streamed: int
@@ -228,6 +235,11 @@ class _Size(NamedTuple):
     depth: int
     share: _Share
     kinds: tuple[_Kind, ...]
+    tight: bool = False
+
+    @property
+    def staging_slots(self) -> int:
+        return 1 if self.tight else STAGING_SLOTS
 
     @property
     def slots(self) -> int:
@@ -253,8 +265,9 @@ class _Planner:
         """Every plan that is looked at and fits."""
         for kinds in (_kinds(self.units), _largest_first(self.units)):
             for share in _shares(self.units, kinds, _step(kinds), budget - self.others):
-                for depth in depths:
-                    size = self._size(share, depth, kinds)
+                ways = (False, True) if self._staging(share) else (False,)
+                for depth, tight in product(depths, ways):
+                    size = self._size(share, depth, kinds, tight)
                     if size.device_bytes <= budget:
                         yield size
 
@@ -291,6 +304,7 @@ class _Planner:
             slots=size.slots,
             slot_bytes=size.share.slot_bytes,
             staging_bytes=self._staging(size.share),
+            staging_slots=size.staging_slots,
             device_bytes=size.device_bytes,
             streamed_bytes=size.streamed,
             decoded_bytes=size.decoded,
@@ -299,20 +313,23 @@ class _Planner:
             f"{gb(size.device_bytes)} of the device, {budget}",
         )
 
-    def _size(self, share: _Share, depth: int, kinds: tuple[_Kind, ...]) -> _Size:
+    def _size(
+        self, share: _Share, depth: int, kinds: tuple[_Kind, ...], tight: bool = False
+    ) -> _Size:
         slots = min(depth + 1, share.passing)
-        staging = self._staging(share)
+        staging = self._staging(share) * (1 if tight else STAGING_SLOTS)
         moves = share.passing > slots
         return _Size(
             self.others
             + share.held
             + (allocated(ALIGN_BYTES + slots * share.slot_bytes) if slots else 0)
-            + (allocated(ALIGN_BYTES + STAGING_SLOTS * staging) if staging else 0),
+            + (allocated(ALIGN_BYTES + staging) if staging else 0),
             share.streamed if moves else 0,
             share.decoded if moves else 0,
             depth,
             share,
             kinds,
+            tight,
         )
 
     def _staging(self, share: _Share) -> int:
@@ -321,9 +338,10 @@ class _Planner:
     def _bound(self, size: _Size) -> float:
         """Seconds that a forward takes at least, however the units are spread."""
         assert self.rates is not None
+        longer = TIGHT if size.tight and size.streamed else 1.0
         device = self.rates.compute_s + size.decoded / (self.rates.decode_gb_per_s * _GB)
         link = size.streamed / (self.rates.link_gb_per_s * _GB)
-        return max(device, link)
+        return longer * max(device, link)
 
     def _seconds(self, size: _Size) -> float:
         return self._placed(size)[0]
@@ -334,11 +352,12 @@ class _Planner:
         bound = self._bound(size)
         if size.slots == size.share.passing or not size.streamed:
             return bound, _spread(self.units, size)
-        staging = STAGING_SLOTS * self._staging(size.share)
+        staging = size.staging_slots, self._staging(size.share)
+        longer = TIGHT if size.tight else 1.0
         turns = max(2, PLACED // len(self.units))
         rows = dict.fromkeys(_spread(self.units, size, turn) for turn in range(turns))
         return min(
-            (max(bound, _steady(self.units, row, size.depth, staging, self.rates)), row)
+            (max(bound, longer * _steady(self.units, row, size.depth, staging, self.rates)), row)
             for row in rows
         )
 
@@ -356,15 +375,17 @@ class _Planner:
 
 
 def _steady(
-    units: Sequence[UnitBytes], letters: str, depth: int, staging_bytes: int, rates: Rates
+    units: Sequence[UnitBytes], letters: str, depth: int, staging: tuple[int, int], rates: Rates
 ) -> float:
     """Seconds of a forward among many.
 
     A copy waits for the copy before it and for a slot: `depth` streamed units before, that unit is
     the next to be used out of a slot (with depth 0 it is itself, once the one before it has been
-    computed). Packed ones are copied ahead of that, into staging memory.
-    Unpacking takes its time from compute. Compute is proportional to plain bytes.
+    computed). Packed ones are copied ahead of that, into staging memory; with one slot of that
+    the link waits while they are unpacked. Unpacking takes its time from compute. Compute is
+    proportional to plain bytes. `staging`: how many slots, and the bytes of each.
     """
+    slots, slot_bytes = staging
     plain = rates.compute_s / max(sum(unit.plain for unit in units), 1)
     unpack = 1 / (rates.decode_gb_per_s * _GB)
     copy = 1 / (rates.link_gb_per_s * _GB)
@@ -373,8 +394,8 @@ def _steady(
             letter,
             plain * unit.plain,
             unpack * unit.plain if unit.packed and letter != "r" else 0.0,
-            copy * unit.stored,
-            copy * staging_bytes if unit.packed else 0.0,
+            copy * unit.stored + (unpack * unit.plain if unit.packed and slots == 1 else 0.0),
+            copy * slots * slot_bytes if unit.packed else 0.0,
         )
         for unit, letter in zip(units, letters, strict=True)
     ]
@@ -417,9 +438,12 @@ def _spread(units: Sequence[UnitBytes], size: _Size, turn: int = 0) -> str:
     return "".join(letters)
 
 
-def _streams_least(size: _Size) -> tuple[bool, int, int, int]:
-    """What streams with depth 0 waits for the block before it: that is the last resort."""
-    return size.streamed > 0 and size.depth == 0, size.streamed, size.decoded, size.device_bytes
+def _streams_least(size: _Size) -> tuple[bool, bool, int, int, int]:
+    """What streams with depth 0 waits for the block before it: that is the last resort. One staging
+    slot, for which the link waits, is the last but one."""
+    alone, tight = size.depth == 0, size.tight
+    streams = size.streamed > 0
+    return streams and alone, streams and tight, size.streamed, size.decoded, size.device_bytes
 
 
 def _equal(units: Sequence[UnitBytes]) -> list[list[int]]:

@@ -193,7 +193,7 @@ void bytes_arrive(Random& random) {
   engine.ring_chunk_bytes = random.one_of<std::size_t>({700, 5000, 64 << 10});
   engine.threads = random.between(1U, 3U);
   engine.staging.slot_bytes = shared.most_bytes + 4096;
-  for (int i = random.between(2, 4); i > 0; --i) {
+  for (int i = random.between(1, 4); i > 0; --i) {
     auto& slot = shared.staging.emplace_back(engine.staging.slot_bytes);
     engine.staging.slots.push_back(reinterpret_cast<DeviceAddress>(slot.data()));
   }
@@ -222,7 +222,6 @@ void what_can_not_be_staged_is_refused() {
   const auto make = [&](std::vector<DeviceAddress> slots, std::size_t bytes) {
     return StagingRing(backend, {std::move(slots), bytes}).slot_bytes();
   };
-  check_throws<UsageError>([&] { (void)make({address}, 64); }, "one slot");
   check_throws<UsageError>([&] { (void)make({address, address + 8}, 8); }, "a slot at 8");
 
   PackedContent content = packed_content(random, 4096);

@@ -83,7 +83,7 @@ inline Shape random_shape(Random& random, int most_units) {
   shape.locked_share = random.one_of<double>({0, 0.5, 1});
   shape.file_share = random.one_of<double>({0, 0.5, 1});
   shape.packed_share = random.one_of<double>({0, 0.5, 1});
-  shape.staging = random.between(2, 4);
+  shape.staging = random.between(1, 4);
   shape.streams = random.between(0, 2);
   if (random.chance(0.6)) shape.copy_jitter_us = random.between(1, 300);
   if (random.chance(0.6)) shape.kernel_jitter_us = random.between(1, 300);

@@ -16,7 +16,6 @@ from wanoffload.host_tiers import READ_AHEAD_BYTES
 from wanoffload.machine.hardware import RATES, Hardware
 from wanoffload.policy import packed, within
 from wanoffload.residency import Rates, Residency
-from wanoffload.staging import STAGING_SLOTS
 from wanoffload.workload import Workload
 
 RESIDENT = "resident"
@@ -331,7 +330,7 @@ def _weights_while_denoising(
 
 def _staging(facts: ModelFacts, placement: Placement, stay: list[Residency]) -> int:
     if placement.granularity == PART and stay:
-        return STAGING_SLOTS * max(residency.staging_bytes for residency in stay)
+        return max(residency.staging_slots * residency.staging_bytes for residency in stay)
     return max((packed.staging_bytes(dit, placement.packed) for dit in facts.dits), default=0)
 
 

@@ -23,7 +23,6 @@ from wanoffload.residency import (
     least,
 )
 from wanoffload.ring_plan import Part, choose_parts, least_of_parts
-from wanoffload.staging import STAGING_SLOTS
 
 _GB = 10**9
 
@@ -122,7 +121,7 @@ def kept_bytes(facts: ModelFacts, stay: list[Residency]) -> list[int]:
 def _passing(residency: Residency) -> int:
     """Device memory that units pass through."""
     slots = ALIGN_BYTES + residency.slots * residency.slot_bytes if residency.slots else 0
-    staged = STAGING_SLOTS * residency.staging_bytes
+    staged = residency.staging_slots * residency.staging_bytes
     ring = ALIGN_BYTES + residency.ring_bytes if residency.ring_bytes else 0
     return allocated(slots) + allocated(ring) + allocated(ALIGN_BYTES + staged if staged else 0)
 
