@@ -16,6 +16,7 @@ from benchmarks import __main__ as command
 from benchmarks import budget, contenders, models, step_bench
 from benchmarks.budget import bench as budget_bench
 from benchmarks.budget import ceiling, parts, peers, picture, predicted, steps, tables
+from benchmarks.budget.bench import FORMS, PARTS
 from benchmarks.harness import ResultStore, Row, Session, Spread
 from benchmarks.loading.claims import AT_MOST, WITHIN, Claim
 from benchmarks.packing.bench import PACKED, PLAIN
@@ -98,7 +99,8 @@ def test_a_row_has_its_floor_and_the_plan_of_the_run(results: Path) -> None:
         streamed = 2 * plan["streamed_bytes"] / values["link_gbps"]["median"] / 1e6
         assert values["floor_ms"] == pytest.approx(max(values["resident_ms"], streamed))
         units = plan["resident"] + plan["kept_packed"] + plan["streamed"]
-        assert units == plan["units"] == TINY.config["num_layers"]
+        blocks = TINY.config["num_layers"]
+        assert units == plan["units"] == (3 * blocks if row.key["form"] == PARTS else blocks)
         assert values["equal"]
         assert values["fetches_right"]
 
@@ -193,7 +195,8 @@ def test_the_table_has_a_line_for_each_budget_and_each_thing_asked(
     claims = [claim for row in with_claims for claim in tables.all_claims(row) if claim.asked]
     assert asked.count("\n| tiny |") == len(claims)
     assert by_budget.count("\n| tiny |") == len(measured)
-    assert by_budget.count("| too small |") == 4
+    assert by_budget.count("| too small |") == len(FORMS) * len(TINY.sizes)
+    assert "| 18 + 0 + 0 |" in by_budget
     assert "| 6 + 0 + 0 |" in by_budget
     assert mixed.count("\n| tiny |") == 2
     assert in_parts.count("\n| tiny |") == 4 * len(TINY.sizes)
@@ -241,7 +244,8 @@ def test_other_bits_under_a_budget_are_not_verified(
     path = tmp_path / "results.jsonl"
     assert bench(path, "--parts", "steps,ceiling", "--frames", "1") == 1
     measured = [row for row in rows(path, "steps") if "plan" in row.values]
-    assert {row.key["form"]: row.verified for row in measured} == {PLAIN: True, PACKED: False}
+    right = {PLAIN: True, PACKED: False, PARTS: True}
+    assert {row.key["form"]: row.verified for row in measured} == right
     assert not any(row.verified for row in rows(path, "ceiling"))
 
 

@@ -6,7 +6,7 @@ import time
 from functools import cached_property
 
 import wanoffload
-from benchmarks.contenders import Contender, Live, Wanoffload, by_name
+from benchmarks.contenders import BLOCK, PART, Contender, Live, Wanoffload, by_name
 from benchmarks.engine import is_small
 from benchmarks.harness import Session
 from benchmarks.link import LinkProbe
@@ -17,7 +17,8 @@ from wanoffload import residency
 from wanoffload.residency import ROUND_BYTES, UnitBytes, allocated
 
 NAME = "budget"
-FORMS = (PLAIN, PACKED)
+PARTS = "parts"
+FORMS = (PLAIN, PACKED, PARTS)  # of what streams; parts of blocks are plain
 GB = 10**9
 BUDGETS = tuple(GB * size for size in (2, 4, 6, 8, 12, 16, 24, 30))
 # By form and frames: a budget more, and how many times as long as the resident model's a step may
@@ -51,7 +52,9 @@ class BudgetBench(PackingBench):
 
     def contender(self, form: str) -> Contender:
         """This project, with as many blocks ahead as its plan takes; or one by its name."""
-        return Wanoffload(None, pack=form == PACKED) if form in FORMS else by_name(form)
+        if form not in FORMS:
+            return by_name(form)
+        return Wanoffload(None, pack=form == PACKED, granularity=PART if form == PARTS else BLOCK)
 
     def budgets(self, form: str, size: Size) -> list[int]:
         """In bytes, from the smallest to the largest."""
@@ -68,8 +71,12 @@ def toy_budgets(offloader: wanoffload.Offloader) -> list[int]:
     stats = offloader.stats()
     passing = allocated(stats.slot_bytes) + allocated(stats.staging_bytes)
     others = stats.device_bytes - passing - stats.resident_bytes
-    least = residency.least(units, others=others, prefetch=None)
-    return [least - 1, *(least + more * ROUND_BYTES for more in (0, 1, 2, len(units) + 2))]
+    if offloader.granularity == PART:  # what they take now, without a budget
+        least, too_small = stats.device_bytes, others
+    else:
+        least = residency.least(units, others=others, prefetch=None)
+        too_small = least - 1
+    return [too_small, *(least + more * ROUND_BYTES for more in (0, 1, 2, len(units) + 2))]
 
 
 def name_of(budget: int | None) -> str:

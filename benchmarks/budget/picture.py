@@ -29,7 +29,7 @@ PEER_NAMES = {
 }
 WITH_CHARTS = ("steps", "parts")
 PARTS = {parts.PARTS: PLAIN, parts.PACKED_PARTS: PACKED}
-COLOURS = {"plain": "tab:blue", "packed": "tab:orange"}
+COLOURS = {"plain": "tab:blue", "packed": "tab:orange", "parts": "tab:green"}
 MARKERS = {"diffusers-leaf-stream": "^", "diffusers-block-stream": "s"}
 
 

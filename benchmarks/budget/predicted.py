@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.budget.bench import PARTS
+from benchmarks.contenders import BLOCK, PART
 from benchmarks.harness import Row
 from benchmarks.loading.claims import WITHIN, Claim
 from benchmarks.models import MODELS
@@ -36,9 +38,10 @@ class Predicted:
         """For the values of a row. The depth is the one that the plan has taken."""
         machine, _ = cost.with_assumed_rates(Hardware(**values["hardware"]))
         packed = 1.0 if form == PACKED else 0.0
+        granularity = PART if form == PARTS else BLOCK
         candidate = cost.predict(
             facts_of(MODELS[model]),
-            Placement(STREAM, values["plan"]["depth"], packed),
+            Placement(STREAM, values["plan"]["depth"], packed, granularity),
             Around(),
             Workload(**values["workload"]),
             machine,
