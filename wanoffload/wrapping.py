@@ -74,8 +74,8 @@ def wrap(
     `device`. Outputs are those of the resident model, bit for bit.
 
     Outside a forward the model tells the truth: parameters, `state_dict()`, `save_pretrained()`
-    give the true values (block weights as CPU tensors), and writes to them take effect in the next
-    forward. `.to(device)` works for the same device only.
+    give the true values (block weights as CPU tensors, unless all are on the device), and writes to
+    them take effect in the next forward. `.to(device)` works for the same device only.
 
     Args:
         transformer: a diffusers transformer, or any module whose repeated blocks are the items of
@@ -93,7 +93,9 @@ def wrap(
             `pack`, packed, so that 1.4 times as many do. "auto": what activations leave, found out
             from forward to forward. A hard ceiling: what activations take
             comes on top. None: no block stays. See `offloader(transformer).residency` for what was
-            chosen, and `.set_budget()` to change it.
+            chosen, and `.set_budget()` to change it. Where all blocks stay they are ordinary
+            modules from the end of the first forward on (`.at_home`): parameters on the device, no
+            hook in the way.
         granularity: what is fetched at once. "block": a whole block. "part": the modules that a
             block calls, such as `attn1`, `attn2` and `ffn`, which pass through a ring of bytes and
             are cut into pieces there: blocks of 0.70 GB through 0.60 GB, where two slots take 1.41,

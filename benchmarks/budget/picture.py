@@ -30,6 +30,7 @@ PEER_NAMES = {
 WITH_CHARTS = ("steps", "parts")
 PARTS = {parts.PARTS: PLAIN, parts.PACKED_PARTS: PACKED}
 COLOURS = {"plain": "tab:blue", "packed": "tab:orange", "parts": "tab:green"}
+LABELS = {"plain": "plain", "packed": "packed", "parts": "plain, in parts"}
 MARKERS = {"diffusers-leaf-stream": "^", "diffusers-block-stream": "s"}
 
 
@@ -170,11 +171,12 @@ def draw(made: Picture, path: Path) -> None:
 def _draw_chart(axis: Any, chart: Chart) -> None:
     for form, points in chart.ours.items():
         colour = COLOURS[form]
-        axis.plot(*_line(points), "o-", color=colour, label=f"wanoffload, {form}")
-        axis.plot(*_line(chart.floors[form]), "--", color=colour, label=f"floor, {form}")
+        axis.plot(*_line(points), "o-", color=colour, label=f"wanoffload, {LABELS[form]}")
+        axis.plot(*_line(chart.floors[form]), "--", color=colour, label=f"floor, {LABELS[form]}")
     for form, point in chart.parts.items():
-        label = f"wanoffload, {form}, parts of blocks"
-        axis.plot(*_line([point]), "D", color=COLOURS[form], markersize=8, mec="black", label=label)
+        colour = COLOURS["parts" if form == PLAIN else form]
+        label = f"wanoffload, {form}, in parts, no budget"
+        axis.plot(*_line([point]), "D", color=colour, markersize=8, mec="black", label=label)
     for name, point in chart.peers.items():
         axis.plot(
             *_line([point]), MARKERS[name], color="tab:red", markersize=8, label=PEER_NAMES[name]
@@ -187,6 +189,7 @@ def _draw_chart(axis: Any, chart: Chart) -> None:
         ylabel="a step (two forwards), ms",
     )
     axis.set_xlim(left=0)
+    axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
