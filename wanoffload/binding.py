@@ -136,6 +136,11 @@ class Binding(hooks.Attached):
         """Whether all entries are the host tensors: nobody has put another one there."""
         return all(parameters.get(key) is self.weights[n] for parameters, key, n in self._places)
 
+    def entries(self) -> Iterator[tuple[str, Tensor | None]]:
+        """(name, what stands there) of each entry."""
+        for parameters, key, number in self._places:
+            yield f"{self.name}.{self.layout.specs[number].name}", parameters.get(key)
+
     def exchange(self, old: Sequence[object], new: Sequence[Tensor]) -> None:
         """Entries that are `old`, weight by weight, become `new`; any others are left as they
         are."""
@@ -406,6 +411,7 @@ class Binding(hooks.Attached):
         """Fences the engine: no copy reads the image from here on, and none counts that did."""
         self.offloader.refuse_other_thread(f"{self.name} was written to")
         self.offloader.home.leave_alone(self)
+        self.offloader.home.came.discard(self.index)
         with self.turn:
             self._fingerprint = None
             if not self.owned:
@@ -413,7 +419,7 @@ class Binding(hooks.Attached):
             elif self.index >= 0:
                 self.offloader.engine.invalidate(self.index)
             if self.view is not None and self.index >= 0:
-                self.offloader.written.add(self)
+                self.offloader.written.add(self, pack_others=not self.offloader.home.any)
 
     def let_addresses_go(self) -> None:
         """What was given out of the model's own parameters' addresses holds no longer."""

@@ -167,6 +167,13 @@ class Homes:
             self._storages.remove(self._homes.pop(unit).place.storage)
         return bool(others)
 
+    def let_go(self, units: Iterable[int]) -> None:
+        """Homes of these units are no longer its own: their memory lives as long as others hold it.
+        No engine uses them."""
+        for unit in units:
+            if (home := self._homes.pop(unit, None)) is not None:
+                self._storages.remove(home.place.storage)
+
     def make(self, wanted: Mapping[int, Wanted]) -> None:
         """Allocates what is missing, in the order of the units. Raises torch.OutOfMemoryError; what
         was allocated until then stays."""

@@ -100,15 +100,18 @@ def step_in_whole(block: nn.Module, binding: BlockBinding) -> None:
         _hook_compiled_call(block)
 
 
-def step_aside(module: nn.Module) -> bool:
-    """The binding is in the way of calls no longer; of `.to()` and `compile()` it still is. False
-    if others have put something around it, so that it can't be taken out."""
+def is_in_place(module: nn.Module) -> bool:
+    """Whether our hook is where it can be taken out: others have put nothing around it."""
+    forward = _ForwardPlace(module).get()
+    return _is_ours(module.__dict__.get("_compiled_call_impl")) or _is_ours(forward)
+
+
+def step_aside(module: nn.Module) -> None:
+    """The binding is in the way of calls no longer; of `.to()` and `compile()` it still is."""
     call = module.__dict__.get("_compiled_call_impl")
-    if not _is_ours(call):
-        return unhook_forward(module)
-    module._compiled_call_impl = call.args[1]
+    if _is_ours(call):
+        module._compiled_call_impl = call.args[1]
     unhook_forward(module)
-    return True
 
 
 def install_on_model(model: nn.Module, binding: ModelBinding) -> None:
@@ -187,15 +190,12 @@ def hook_forward(module: nn.Module, function: Callable[..., Any]) -> None:
     place.set(functools.update_wrapper(hook, inner or place.bound_class_forward()))
 
 
-def unhook_forward(module: nn.Module) -> bool:
-    """Whether our hook was there, where the innermost forward is kept."""
+def unhook_forward(module: nn.Module) -> None:
     place = _ForwardPlace(module)
     current = place.get()
-    if current is None or not _is_ours(current):
-        return False
-    place.set(current.args[1])
-    _forget(module.__dict__.get("forward"), current)
-    return True
+    if current is not None and _is_ours(current):
+        place.set(current.args[1])
+        _forget(module.__dict__.get("forward"), current)
 
 
 def _forget(outer: Any, ours: Any) -> None:
@@ -262,6 +262,8 @@ def _make_uncompiled() -> None:
 
 def _hook_compiled_call(block: nn.Module) -> None:
     compiled = block._compiled_call_impl
+    if _is_ours(compiled):
+        return
     block._compiled_call_impl = functools.partial(_compiled_call, block, compiled)
 
 

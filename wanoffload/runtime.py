@@ -104,6 +104,7 @@ class Offloader(hooks.Attached):
     def acquire(self, index: int, stream: int) -> tuple[int, int]:
         self._sequence.append(index)
         acquired = self.engine.prefetcher.acquire(index, stream)
+        self.home.came.add(index)
         if self._rates.blocks.timing:
             self._rates.blocks.come(index)
         return acquired
@@ -124,6 +125,7 @@ class Offloader(hooks.Attached):
         Not inside of a block. One that is packed into larger chunks than the staging memory holds
         ends the engine, until the next forward makes one with more.
         """
+        self.home.came.discard(index)
         if self.engine.running and not self.memory.fits(index, new):
             self._pause(keep_homes=True)
         self.engine.replace(index, new)
@@ -184,7 +186,8 @@ class Offloader(hooks.Attached):
             raise WrapError("a wrapped model can't be traced: call wanoffload.unwrap() first")
         if self.before_forward is not None:
             self.before_forward()
-        self.home.leave_if_written_on_host()
+        self.home.leave_if_incomplete()
+        self.home.came.clear()
         self.written.settle()
         self._drop_read()
         if self._activations is not None:
@@ -298,14 +301,12 @@ class Offloader(hooks.Attached):
         """Behind a forward."""
         everything = len(self.residency.resident) == len(self.bindings)
         if everything and not self.paused and not self.verify:
-            used = set(self._sequence)
-            if len(used) == len(self.bindings):  # and so has come
-                self.home.go()
+            self.home.go()
 
     def leave_home(self, why: str) -> None:
         """The host's images are the truth again, and blocks are fetched, if that was not so. Raises
         ConcurrentForwardError, which says why it was to be, during a forward."""
-        if self.home.there:
+        if self.home.any:
             with self.thread.between_forwards(why, "do it afterwards"):
                 self.home.leave()
 
@@ -358,6 +359,7 @@ class Offloader(hooks.Attached):
 
     def _pause(self, keep_homes: bool = False) -> None:
         self.home.leave()
+        self.home.came.clear()
         self._step_time.restart()
         self.streaming.let_go(keep_homes)
 
@@ -392,7 +394,9 @@ class Offloader(hooks.Attached):
 
     def _rebuild(self) -> None:
         """Another engine, with what the budget says now; a paused one is made when it is used."""
-        if self.paused:
+        paused = self.paused
+        self.home.leave()  # which may end the engine
+        if paused:
             self.streaming.keep_homes_of(self.streaming.choose(self._budget.nbytes))
             return
         self._pause(keep_homes=True)

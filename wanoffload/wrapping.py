@@ -338,7 +338,6 @@ def unwrap(transformer: nn.Module, device: torch.device | str | int = "cpu") -> 
     """
     runtime = offloader(transformer)
     target = torch.device(device)
-    runtime.leave_home("unwrap() was called")
     with ordinary_tensors():
         _bring_into_memory(runtime, target)
         runtime.close()

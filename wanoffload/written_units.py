@@ -19,11 +19,13 @@ class WrittenUnits:
     def __len__(self) -> int:
         return len(self._units)
 
-    def add(self, unit: Binding) -> None:
+    def add(self, unit: Binding, pack_others: bool = True) -> None:
         """It stands plain as it is now. One that was written to before is packed again, if there
-        are too many and nobody uses it."""
+        are too many and nobody uses it; not without `pack_others`."""
         self._units.pop(id(unit), None)
         self._units[id(unit)] = unit
+        if not pack_others:
+            return
         for other in list(self._units.values())[: -self._most]:
             with other.turn.if_free() as free:
                 if free and other.pack_again():
