@@ -243,6 +243,22 @@ def test_one_that_is_being_written_to_is_not_lost_with_what_was_written_there(de
     check(model, other)
 
 
+@pytest.mark.parametrize("some", [1, 3])
+def test_what_was_kept_of_units_that_leave_alone_stays_as_it_was(some: int, device: str) -> None:
+    model, other = wrapped(device), twin(device)
+    old = [query(model, n).weight for n in range(some)]
+    forward(model, KIND.inputs(device))
+    kept = [query(model, n).weight.detach() for n in range(some)]
+    with torch.no_grad():
+        for number, tensor in enumerate(old):
+            tensor.add_(1)
+            query(other, number).weight.add_(1)
+    check(model, other)
+    assert wanoffload.offloader(model).at_home
+    for number, tensor in enumerate(kept):
+        assert torch.equal(tensor, query(twin(device), number).weight)
+
+
 def test_gradients_flow_as_in_an_ordinary_model_and_are_not_lost(device: str) -> None:
     model, runtime = at_home(device)
     other = twin(device)

@@ -118,7 +118,7 @@ class AtHome:
         Raises WrapError if a weight has a gradient, HostMemoryError if there is too little memory
         to take in what was written; then they are at home, as they were.
         """
-        if not self._units:
+        if not self._units and not self._alone:
             return
         bindings = [b for b in self._offloader.bindings if b.index in self._units]
         for binding in bindings:
@@ -129,8 +129,9 @@ class AtHome:
                 self.bring_back(binding)
         seen = {**self._alone, **{n: unit.storages() for n, unit in self._units.items()}}
         self._step_in(bindings)
-        self._alone = {}
+        self._alone = seen  # until the homes that are still seen are given away
         self._give_away(n for n, refs in seen.items() if not all(ref.expired() for ref in refs))
+        self._alone = {}
 
     def leave_if_incomplete(self) -> None:
         """Before a forward: all go if one had to, or if going or leaving was interrupted."""
