@@ -164,7 +164,8 @@ class Binding(hooks.Attached):
         """
         self.take_ownership()
         self.offloader.written.forget(self)
-        self.exchange(self.weights, [nn.Parameter(w.plain, w.requires_grad) for w in self.weights])
+        if plain := [nn.Parameter(w.plain, w.requires_grad) for w in self.weights]:
+            self.exchange(self.weights, plain)  # not so if making them was interrupted
         self.index = -1  # what is still held is written to like any other tensor
 
     def forget_views(self) -> None:
