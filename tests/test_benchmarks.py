@@ -186,6 +186,11 @@ def test_parts_of_blocks_are_each_fetched_in_every_forward(results: Path) -> Non
     assert turns.fetches_are_right(before, after, forwards=2, blocks=6)
     blocks_alone = dataclasses.replace(after, acquires=2 * 6)
     assert not turns.fetches_are_right(before, blocks_alone, forwards=2, blocks=6)
+    at_home = dataclasses.replace(before, at_home=True)
+    assert turns.fetches_are_right(at_home, at_home, forwards=2, blocks=6)
+    for wrong in ({"at_home": False}, {"acquires": 1}, {"bytes_fetched": 1}):
+        other = dataclasses.replace(at_home, **wrong)
+        assert not turns.fetches_are_right(at_home, other, forwards=2, blocks=6)
 
 
 def test_one_contenders_failure_does_not_cost_the_others(

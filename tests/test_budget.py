@@ -108,6 +108,18 @@ def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once(
     assert after.staging_bytes == 0
 
 
+def test_packed_blocks_come_through_one_staging_slot_where_there_is_room_for_one(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanoffload.residency.ROUND_BYTES", 256)
+    model = wrapped(device=device, pack=True, vram_budget=budget_for("wan22_5b", 0, packed=True))
+    runtime = wanoffload.offloader(model)
+    assert runtime.residency.staging_slots == runtime.memory.staging.count == 1
+    assert runtime.stats().slots == 2
+    check_outputs(model, 3)
+    assert runtime.device_bytes <= runtime.residency.device_bytes <= runtime.budget.nbytes  # type: ignore[operator]
+
+
 def check_outputs(model: nn.Module, forwards: int) -> None:
     runtime = wanoffload.offloader(model)
     inputs = KIND.inputs(runtime.device.type)

@@ -398,6 +398,9 @@ def test_one_staging_slot_is_for_where_there_is_no_room_for_more() -> None:
     assert tight.seconds == pytest.approx(plan.seconds * 1.005)
     assert forward_seconds(units, tight, hidden) == pytest.approx(tight.seconds)
     # Where the link binds it would wait for unpacking: one slot, and all three for staging.
+    bound_by_link = 40 * (PACKED.stored / 55e9 + PACKED.plain / 1569e9)
+    seconds_tight = forward_seconds(units, tight, Rates(55, 1569, 0.05))
+    assert seconds_tight == pytest.approx(1.005 * bound_by_link, rel=0.01)
     bound = choose(units, 2 * 10**9, others=524 * MB, prefetch=None, rates=Rates(55, 1569, 0.05))
     assert (bound.slots, bound.staging_slots) == (1, 3)
 
