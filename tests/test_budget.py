@@ -117,7 +117,8 @@ def test_packed_blocks_come_through_one_staging_slot_where_there_is_room_for_one
     assert runtime.residency.staging_slots == runtime.memory.staging.count == 1
     assert runtime.stats().slots == 2
     check_outputs(model, 3)
-    assert runtime.device_bytes <= runtime.residency.device_bytes <= runtime.budget.nbytes  # type: ignore[operator]
+    assert runtime.budget.nbytes is not None
+    assert runtime.device_bytes <= runtime.residency.device_bytes <= runtime.budget.nbytes
 
 
 def check_outputs(model: nn.Module, forwards: int) -> None:

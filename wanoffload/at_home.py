@@ -144,7 +144,7 @@ class AtHome:
         unit = self._units.get(binding.index)
         if unit is None or unit.coming_back:
             return
-        with self._offloader.thread.between_forwards("a weight was written to", "do it behind"):
+        with self._offloader.thread.between_forwards("a weight was written to", "do it afterwards"):
             _refuse_gradients(binding)
             self.bring_back(binding)
             self._alone[binding.index] = unit.storages()

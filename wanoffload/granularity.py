@@ -15,7 +15,7 @@ from wanoffload.units import AUTO, BLOCK, PART, Unit, any_compiled, find_units, 
 
 WORTH_PARTS = 0.98
 """Parts are fetched if of what blocks would bring over the link they bring at most this share:
-their steps take 1.005 to 1.007 times as long where both bring the same."""
+their steps take up to 1.007 times as long where both bring the same."""
 
 
 def granularity_for(
