@@ -49,6 +49,17 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Allocations count as what is asked for: small blocks take what they have."""
+    from wanoffload import residency
+
+    monkeypatch.setattr("wanoffload.residency.ROUND_BYTES", 256)
+    residency._choose.cache_clear()
+    yield
+    residency._choose.cache_clear()  # of the plans made meanwhile none is right
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_rates_are_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests measure of the machine, beside each other, is not kept for others to believe."""

@@ -14,11 +14,19 @@ from torch import nn
 
 import wanoffload
 from tests.small_models import MODELS, forward
-from wanoffload import ClosedError, ConcurrentForwardError, HostMemoryError, Offloader, WrapError
+from wanoffload import (
+    ClosedError,
+    ConcurrentForwardError,
+    HostMemoryError,
+    Offloader,
+    WrapError,
+    residency,
+    ring_plan,
+)
 from wanoffload._C import Prefetcher
 from wanoffload.budget import Budget
 from wanoffload.device_memory import SlotMemory
-from wanoffload.residency import ALIGN_BYTES, UnitBytes, allocated, least
+from wanoffload.residency import ALIGN_BYTES, Residency, UnitBytes, allocated, least
 from wanoffload.residency_planner import ResidencyPlanner
 
 KIND = MODELS["wan22_5b"]
@@ -109,9 +117,8 @@ def test_what_is_kept_packed_is_unpacked_for_each_use_and_comes_once(
 
 
 def test_packed_blocks_come_through_one_staging_slot_where_there_is_room_for_one(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    device: str, unrounded: None
 ) -> None:
-    monkeypatch.setattr("wanoffload.residency.ROUND_BYTES", 256)
     model = wrapped(device=device, pack=True, vram_budget=budget_for("wan22_5b", 0, packed=True))
     runtime = wanoffload.offloader(model)
     assert runtime.residency.staging_slots == runtime.memory.staging.count == 1
@@ -252,6 +259,32 @@ def test_pausing_gives_the_blocks_back_or_keeps_them() -> None:
     assert runtime.stats().resident_bytes == 0
     check_outputs(model, 1)
     assert runtime.stats().bytes_fetched == before + runtime.stats().host_bytes
+
+
+@pytest.mark.parametrize("granularity", ["block", "part"])
+def test_what_is_paused_is_not_planned_anew(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of a pipeline take turns like that, and a plan of parts may take a quarter of a
+    second."""
+    model = wrapped(vram_budget=budget_for("wan22_5b", 100), granularity=granularity)
+    check_outputs(model, 1)
+    runtime = wanoffload.offloader(model)
+    planned: list[str] = []
+    for module in (residency, ring_plan):
+        real = module._Planner.plan
+
+        def plan(*args: Any, real: Any = real) -> Residency:
+            planned.append(granularity)
+            return real(*args)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(module._Planner, "plan", plan)
+    for keeps in (True, False):
+        runtime.pause(keep_residents=keeps)
+        check_outputs(model, 1)
+    assert not planned
+    runtime.set_budget(runtime.device_bytes - 1)
+    assert planned
 
 
 def test_without_a_budget_no_block_stays_and_without_a_prefetch_two_are_ahead() -> None:

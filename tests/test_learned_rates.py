@@ -157,9 +157,8 @@ def test_nothing_is_measured_where_nothing_depends_on_it(options: dict[str, Any]
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
-    """The rates that are found. Allocations are not rounded: small blocks take what they have."""
-    monkeypatch.setattr("wanoffload.residency.ROUND_BYTES", 256)
+def told(unrounded: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Rates]:
+    """The rates that are found."""
     rates: dict[str, Rates] = {}
     monkeypatch.setattr(BlockTimes, "timed", lambda *_: TimedForward({0: 1.0, 1: 1.5}, 2.5, 0))
     monkeypatch.setattr(LearnedRates, "with_compute", lambda *_: rates["now"])

@@ -456,6 +456,7 @@ def test_few_plans_are_looked_at_and_fewer_are_timed(
     for budget in (4 * 10**9, 9 * 10**9, 20 * 10**9):
         sized.clear()
         timed.clear()
+        residency._choose.cache_clear()
         choose(units, budget, others=OTHERS, prefetch=None, rates=rates)
         families, depths = 2, 3
         assert 0 < len(sized) <= families * depths * residency.MOST_PLANS + 10

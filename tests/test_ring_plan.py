@@ -167,6 +167,20 @@ def rows_of_places(row: Sizes, nbytes: int, step: int) -> list[Place]:
 
 @settings(max_examples=150, deadline=None)
 @given(rows(most=9), st.integers(1, 4))
+def test_no_smaller_ring_would_do(row: Sizes, ahead: int) -> None:
+    ring, least = ring_of(row, ahead), least_of(row, ahead)
+    around = apart(ring.places, ahead, around=True)
+    step = max(256, int(least / 1024) // 256 * 256)
+    for nbytes in range(-(-least // step) * step, ring.nbytes, step):
+        places = rows_of_places(row, nbytes, step)
+        alone = not any(
+            touch((a,), (b,)) for place in places for i, a in enumerate(place) for b in place[:i]
+        )
+        assert not (alone and apart(places, ahead, around)), nbytes
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows(most=9), st.integers(1, 4))
 def test_the_last_parts_keep_the_first_of_the_next_forward_waiting_only_if_they_must(
     row: Sizes, ahead: int
 ) -> None:
@@ -722,6 +736,8 @@ def test_few_rings_are_made_for_a_plan(packed: bool, monkeypatch: pytest.MonkeyP
         return real(row, ahead)
 
     monkeypatch.setattr(ring_plan, "ring_of", counted)
+    ring_plan._choose.cache_clear()
+    ring_plan._choices.cache_clear()
     for gigabytes in (2, 4, 9, 15, 20, 26):
         made.clear()
         choose_parts(parts_of_14b(packed), gigabytes * 10**9, others=OTHERS, prefetch=None)

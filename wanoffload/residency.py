@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate, count, product
 from math import inf, prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -137,7 +138,11 @@ def choose(
     Raises:
         WrapError: the budget is less than the least; names it.
     """
-    planner = _Planner(tuple(units), others, largest_chunk, rates)
+    return _choose(_Planner(tuple(units), others, largest_chunk, rates), budget, prefetch)
+
+
+@lru_cache(maxsize=64)  # a model that was paused asks again for what it had
+def _choose(planner: _Planner, budget: int | None, prefetch: int | None) -> Residency:
     if budget is None:
         depth = DEFAULT_DEPTH if prefetch is None else prefetch
         return planner.plan(planner.streaming(depth), "no budget")

@@ -36,6 +36,9 @@ class Piece(NamedTuple):
 Place = tuple[Piece, ...]
 
 
+Span = tuple[int, int]  # where a piece begins and ends in the ring
+
+
 class Ring(NamedTuple):
     """`places`: one a part, in the order of use."""
 
@@ -75,12 +78,12 @@ def ring_of(parts: tuple[tuple[int, ...], ...], ahead: int) -> Ring:
     for nbytes in count(-(-least // step) * step, step):
         if open_end is not None and nbytes > MOST * least:
             return open_end
-        places = _places(parts, nbytes, step)
-        if places is None or not _apart(places, ahead, around=False):
+        spans = _spans(parts, nbytes, step, ahead)
+        if spans is None:
             continue
-        if _apart(places, ahead, around=True):
-            return Ring(nbytes, places)
-        open_end = open_end or Ring(nbytes, places)
+        if _apart_around(spans, ahead):
+            return Ring(nbytes, _as_places(spans))
+        open_end = open_end or Ring(nbytes, _as_places(spans))
     raise AssertionError("there is no end to the sizes")
 
 
@@ -118,32 +121,48 @@ def _row(pieces: Sequence[int], start: int) -> Place:
     return tuple(place)
 
 
-def _places(parts: Sequence[Sequence[int]], nbytes: int, step: int) -> tuple[Place, ...] | None:
-    """One behind the other, from multiples of `step` on. None if a part would touch itself."""
+def _spans(
+    parts: Sequence[Sequence[int]], nbytes: int, step: int, ahead: int
+) -> list[list[Span]] | None:
+    """Of each part's pieces, one behind the other, from multiples of `step` on. None if a part
+    would touch itself, or one of the `ahead` before it."""
     at = 0
-    places = []
-    for pieces in parts:
-        place, offset = [], 0
+    spans: list[list[Span]] = []
+    for number, pieces in enumerate(parts):
+        mine: list[Span] = []
+        beside = [*spans[max(0, number - ahead) :], mine]
         for size in pieces:
-            at = 0 if at + size > nbytes else at
-            place.append(Piece(offset, at, size))
+            if at + size > nbytes:
+                at = 0
+            end = at + size
+            for others in beside:
+                for other_start, other_end in others:
+                    if at < other_end and other_start < end:
+                        return None
+            mine.append((at, end))
             at += -(-size // step) * step
-            offset += size
-        if any(_touch(a, b) for i, a in enumerate(place) for b in place[:i]):
-            return None
+        spans.append(mine)
+    return spans
+
+
+def _apart_around(spans: Sequence[Sequence[Span]], ahead: int) -> bool:
+    """Whether the first parts touch none of the last ones, of the forward before."""
+    ahead = min(ahead, len(spans) - 1)
+    return not any(
+        start < other_end and other_start < end
+        for number in range(ahead)
+        for before in range(number - ahead, 0)
+        for start, end in spans[number]
+        for other_start, other_end in spans[before]
+    )
+
+
+def _as_places(spans: Iterable[Iterable[Span]]) -> tuple[Place, ...]:
+    places = []
+    for row in spans:
+        place, offset = [], 0
+        for start, end in row:
+            place.append(Piece(offset, start, end - start))
+            offset += end - start
         places.append(tuple(place))
     return tuple(places)
-
-
-def _apart(places: Sequence[Place], ahead: int, around: bool) -> bool:
-    """Whether no part touches one of those before it. `around`: also of the forward before."""
-    for number in range(len(places)):
-        back = min(ahead, len(places) - 1 if around else number)
-        for before in range(1, back + 1):
-            if any(_touch(a, b) for a in places[number] for b in places[number - before]):
-                return False
-    return True
-
-
-def _touch(a: Piece, b: Piece) -> bool:
-    return a.start < b.start + b.nbytes and b.start < a.start + a.nbytes

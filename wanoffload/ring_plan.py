@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from wanoffload.errors import WrapError
@@ -70,12 +71,18 @@ def choose_parts(
     Raises:
         WrapError: the budget is less than the least; names it.
     """
-    planner = _planner(parts, others, order, largest_chunk)
+    return _choose(_planner(parts, others, order, largest_chunk), budget, prefetch, together)
+
+
+@lru_cache(maxsize=64)  # a model that was paused asks again for what it had
+def _choose(
+    planner: _Planner, budget: int | None, prefetch: int | None, together: bool
+) -> Residency:
     aheads = planner.aheads(prefetch, together)
     if budget is None:
         return planner.plan(frozenset(), aheads[0], prefetch, "no budget")
     said = f"budget {gb(budget)}"
-    if planner.bytes_with(everything := frozenset(range(len(parts))), 0) <= budget:
+    if planner.bytes_with(everything := planner.everything, 0) <= budget:
         return planner.plan(everything, 0, prefetch, said)
     for ahead in aheads:
         if planner.bytes_with(frozenset(), ahead) <= budget:
@@ -96,6 +103,12 @@ def _planner(
     return _Planner(tuple(parts), tuple(order or range(len(parts))), others, largest_chunk)
 
 
+@lru_cache(maxsize=8)
+def _choices(planner: _Planner, ahead: int) -> list[tuple[frozenset[int], int]]:
+    """What may stay, and the bytes that it takes of the device at least."""
+    return [(resident, planner.at_least(resident, ahead)) for resident in planner.choices()]
+
+
 def _too_little(planner: _Planner, budget: int, prefetch: int | None, together: bool) -> str:
     need, least = (planner.least(asked, together) for asked in (prefetch, None))
     with_it = "" if prefetch is None else f" with prefetch={prefetch}"
@@ -113,6 +126,10 @@ class _Planner:
     others: int
     largest_chunk: int
 
+    @property
+    def everything(self) -> frozenset[int]:
+        return frozenset(range(len(self.parts)))
+
     def aheads(self, prefetch: int | None, together: bool) -> list[int]:
         """What is looked at, the best first."""
         most = max(len(members) for members in self._blocks()) if together else 1
@@ -124,9 +141,8 @@ class _Planner:
 
     def least(self, prefetch: int | None, together: bool) -> int:
         """Bytes of the smallest budget that is enough."""
-        everything = frozenset(range(len(self.parts)))
         ahead = self.aheads(prefetch, together)[-1]
-        return min(self.bytes_with(everything, 0), self.bytes_with(frozenset(), ahead))
+        return min(self.bytes_with(self.everything, 0), self.bytes_with(frozenset(), ahead))
 
     def _blocks(self) -> list[list[int]]:
         """The parts of each block, in the order of use."""
@@ -171,12 +187,11 @@ class _Planner:
         choices do not depend on the budget, so a larger one never has more pass."""
         return next(
             resident
-            for resident in self._choices()
-            if self._at_least(resident, ahead) <= budget
-            and self.bytes_with(resident, ahead) <= budget
+            for resident, at_least in _choices(self, ahead)
+            if at_least <= budget and self.bytes_with(resident, ahead) <= budget
         )
 
-    def _choices(self) -> list[frozenset[int]]:
+    def choices(self) -> list[frozenset[int]]:
         """What may stay, those first beside which least passes: any number of blocks, evenly
         spaced, with the largest part of any number of others, up to all: so the same share of every
         block, too. Without the largest parts the ring is smaller."""
@@ -195,7 +210,7 @@ class _Planner:
         """Bytes over the link, of the parts that do not stay."""
         return sum(p.takes.stored for n, p in enumerate(self.parts) if n not in resident)
 
-    def _at_least(self, resident: frozenset[int], ahead: int) -> int:
+    def at_least(self, resident: frozenset[int], ahead: int) -> int:
         """On the device, all together, if the ring were as small as can be."""
         row = self._row(resident)
         return self._taken(resident, least_bytes(row, ahead) if row else 0)

@@ -5,8 +5,6 @@ The runtime chooses in the same way, by what its blocks really take (`wanoffload
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from wanoffload.apart import PART
 from wanoffload.errors import WrapError
 from wanoffload.facts.model import DitFacts, ModelFacts
@@ -51,7 +49,10 @@ def residency(
     budget is too small. With rates, as it settles once the runtime has found them out."""
     try:
         if granularity == PART:
-            return _residency_of_parts(dit, share, prefetch, budget)
+            parts, together = _parts(dit, share), dit.compiled
+            return choose_parts(
+                parts, budget, others=dit.other_bytes, prefetch=prefetch, together=together
+            )
         units, others = _units(dit, share), dit.other_bytes
         return choose(units, budget, others=others, prefetch=prefetch, rates=rates)
     except WrapError:
@@ -66,14 +67,6 @@ def rates(compute_s: float, machine: Hardware) -> Rates:
         decode_gb_per_s=1 / packed.seconds_to_decode(_GB, machine),
         compute_s=compute_s,
     )
-
-
-@lru_cache(maxsize=128)
-def _residency_of_parts(
-    dit: DitFacts, share: float, prefetch: int | None, budget: int | None
-) -> Residency:
-    parts, others = _parts(dit, share), dit.other_bytes
-    return choose_parts(parts, budget, others=others, prefetch=prefetch, together=dit.compiled)
 
 
 def least_bytes(dit: DitFacts, share: float, prefetch: int | None, granularity: str) -> int:
