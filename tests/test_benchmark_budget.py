@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import wanoffload
 from benchmarks import __main__ as command
 from benchmarks import budget, contenders, models, step_bench
 from benchmarks.budget import bench as budget_bench
-from benchmarks.budget import ceiling, parts, peers, picture, predicted, steps, tables
+from benchmarks.budget import ceiling, experts, parts, peers, picture, predicted, steps, tables
 from benchmarks.budget.bench import FORMS, PARTS
 from benchmarks.harness import ResultStore, Row, Session, Spread
 from benchmarks.loading.claims import AT_MOST, WITHIN, Claim
@@ -202,6 +204,25 @@ def test_the_table_has_a_line_for_each_budget_and_each_thing_asked(
     assert in_parts.count("\n| tiny |") == 4 * len(TINY.sizes)
 
 
+def test_experts_have_their_first_forward_beside_one_with_nothing_staying(results: Path) -> None:
+    found = rows(results, "experts")
+    names = [(row.key["form"], row.key["size"], row.key["expert"]) for row in found]
+    sizes = [str(size) for size in TINY.sizes]
+    assert names == list(product((PLAIN, PACKED), sizes, experts.NAMES))
+    for row in found:
+        assert row.values["stays"].startswith("2 of 6" if row.key["form"] == PLAIN else "0 of 6")
+        stall = row.values["first_ms"]["median"] - row.values["streamed_ms"]
+        assert row.values["stall_ms"] == pytest.approx(stall)
+        assert row.values["first_units_ms"] > 0
+
+
+def test_a_stall_is_asked_to_be_no_longer_than_the_copy_of_the_first_units() -> None:
+    values: dict[str, Any] = {"forward_ms": {"median": 3.0}, "resident_ms": 2.0}
+    for stall, kept in ((24.0, True), (26.0, False)):
+        (found, _) = experts._claims({**values, "stall_ms": stall, "first_units_ms": 25.0})
+        assert found.kept is kept
+
+
 def test_the_picture_is_a_png_of_the_rows(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,7 +244,7 @@ def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
 def test_the_list_names_the_case_and_the_picture(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--list"]) == 0
     printed = capsys.readouterr().out
-    assert "parts: steps, ceiling, parts, peers" in printed
+    assert "parts: steps, ceiling, parts, experts, peers" in printed
     assert "  picture " in printed
 
 
@@ -264,6 +285,23 @@ def test_forwards_that_fetch_another_number_of_bytes_are_not_verified(
     measured = [row for row in rows(path, "steps") if "plan" in row.values]
     assert all(row.values["equal"] for row in measured)
     assert not any(row.verified for row in measured)
+
+
+def test_experts_with_other_bits_are_not_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enable = wanoffload.enable
+
+    def spoil(pipe: Any, **options: Any) -> Any:
+        if options["pack"]:
+            pipe.transformer_2.get_parameter("blocks.0.ffn.net.2.weight").data[0] += 1
+        return enable(pipe, **options)
+
+    monkeypatch.setattr(wanoffload, "enable", spoil)
+    path = tmp_path / "results.jsonl"
+    assert bench(path, "--parts", "experts", "--frames", "1") == 1
+    found = {row.key["form"]: row.verified for row in rows(path, "experts")}
+    assert found == {PLAIN: True, PACKED: False}
 
 
 def test_parts_with_other_bits_are_not_verified_and_the_table_says_so(

@@ -3,7 +3,8 @@
 ``steps``: a model, plain and packed, under one budget after the other, beside the resident model
 and the floor of its plan. ``ceiling``: forwards of mixed shapes, and the most that torch's
 allocator had meanwhile. ``parts``: parts of blocks, plain and packed, beside whole blocks and
-diffusers' leaf level. ``peers``: that leaf level, whose memory can't be chosen, beside the budgets.
+diffusers' leaf level. ``experts``: two of a pipeline under one budget, and what their turns cost.
+``peers``: that leaf level, whose memory can't be chosen, beside the budgets.
 
 ``python -m benchmarks picture`` draws the rows: memory against speed. A row is verified when
 outputs are the resident model's, bit for bit, and forwards fetch what the plan says, to the byte.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Callable
 
-from benchmarks.budget import ceiling, parts, peers, steps
+from benchmarks.budget import ceiling, experts, parts, peers, steps
 from benchmarks.budget.bench import NAME, BudgetBench
 from benchmarks.engine import Found
 from benchmarks.harness import Session
@@ -27,6 +28,7 @@ PARTS: dict[str, Callable[[BudgetBench], Found]] = {
     "steps": steps.steps,
     "ceiling": ceiling.ceiling,
     "parts": parts.parts,
+    "experts": experts.experts,
     "peers": peers.peers,
 }
 

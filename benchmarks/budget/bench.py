@@ -68,15 +68,20 @@ def toy_budgets(offloader: wanoffload.Offloader) -> list[int]:
     """For blocks that are tiny beside what the allocator rounds to: one that is too small, the
     least, some in between, and one under which everything stays."""
     units = [UnitBytes(b.layout.nbytes, b.image.nbytes, b.packed) for b in offloader.bindings]
-    stats = offloader.stats()
-    passing = allocated(stats.slot_bytes) + allocated(stats.staging_bytes)
-    others = stats.device_bytes - passing - stats.resident_bytes
+    others = others_of(offloader)
     if offloader.granularity == PART:  # what they take now, without a budget
-        least, too_small = stats.device_bytes, others
+        least, too_small = offloader.stats().device_bytes, others
     else:
         least = residency.least(units, others=others, prefetch=None)
         too_small = least - 1
     return [too_small, *(least + more * ROUND_BYTES for more in (0, 1, 2, len(units) + 2))]
+
+
+def others_of(offloader: wanoffload.Offloader) -> int:
+    """Bytes on the device of what is in no unit."""
+    stats = offloader.stats()
+    passing = allocated(stats.slot_bytes) + allocated(stats.staging_bytes)
+    return stats.device_bytes - passing - stats.resident_bytes
 
 
 def name_of(budget: int | None) -> str:

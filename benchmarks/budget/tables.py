@@ -125,6 +125,22 @@ PARTS: list[Column[Row]] = [
     ("link, GB/s", lambda row: spread(row.values["link_gbps"])),
     ("equal, bit for bit, and as planned", lambda row: yes(row.verified)),
 ]
+EXPERTS: list[Column[Row]] = [
+    ("model", of_key("model")),
+    ("size", of_key("size")),
+    ("blocks", of_key("form")),
+    ("budget of both", of_key("budget")),
+    ("expert", of_key("expert")),
+    ("what stays", lambda row: str(row.values["stays"])),
+    ("its first forward, ms", lambda row: spread(row.values["first_ms"])),
+    ("with nothing staying", lambda row: _number("streamed_ms", row, 1)),
+    ("stall", lambda row: _number("stall_ms", row, 1)),
+    ("the copy of the first units", lambda row: _number("first_units_ms", row, 1)),
+    ("its other forwards", lambda row: spread(row.values["forward_ms"])),
+    ("resident", lambda row: _number("resident_ms", row, 1)),
+    ("link, GB/s", lambda row: spread(row.values["link_gbps"])),
+    ("equal, bit for bit", lambda row: yes(row.verified)),
+]
 PEERS: list[Column[Row]] = [
     ("model", of_key("model")),
     ("size", of_key("size")),
@@ -140,5 +156,6 @@ TITLES: dict[str, tuple[str, list[Column[Row]]]] = {
     "steps": ("Steps under a budget", STEPS),
     "ceiling": ("Forwards of mixed shapes", CEILING),
     "parts": ("Parts of blocks, beside whole blocks", PARTS),
+    "experts": ("Two experts under one budget", EXPERTS),
     "peers": ("Peers, beside the budgets", PEERS),
 }
