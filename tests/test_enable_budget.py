@@ -102,7 +102,7 @@ def test_nothing_stays_while_others_need_the_room(planned: Any) -> None:
 
 
 def test_a_plan_lets_blocks_go_for_the_encoder_where_both_do_not_fit() -> None:
-    options: dict[str, Any] = {"vram_budget": "16GB", "pack": False}
+    options: dict[str, Any] = {"vram_budget": "16GB", "pack": False, "granularity": "block"}
     for memory, stays in (("24GB", False), ("80GB", True)):
         card = Hardware(memory, "200GB", 55.2)
         made = wanoffload.plan("Wan-AI/Wan2.2-T2V-A14B-Diffusers", CALL, card, **options)

@@ -4,6 +4,7 @@ says of it (rule 10)."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -175,6 +176,72 @@ def test_parts_that_no_rule_streams_are_streamed_where_nothing_else_fits() -> No
     made = in_parts(replace(WAN_14B, family="other"), card("24GiB"), vram_budget="1.5GB")
     assert "resident does not fit" in made.reasons["dit_layerwise_offload"]
     assert made.reasons["dit_offload_prefetch_size"].startswith("rule 10")
+
+
+@pytest.mark.parametrize("budget", ["4GB", "16GB", 0.9, "auto"])
+def test_parts_are_taken_where_they_are_quicker_within_the_budget(budget: str | float) -> None:
+    made = plan(WAN_14B, SMALL, card("24GiB"), vram_budget=budget, pack=False)
+    assert made.granularity == taken(made).granularity == "part"
+    assert re.fullmatch(
+        r"rule 10: parts, quicker within the budget than streamed, prefetch [12], "
+        r"0\.\d+ s a step against 0\.\d+ s",
+        made.reasons["granularity"],
+    )
+    assert made.reasons["dit_offload_prefetch_size"].startswith("rule 10: as many parts")
+    assert {c.candidate.placement.granularity for c in made.considered} >= {"block", "part"}
+    usable = [c.candidate for c in made.considered if c.obstacle is None]
+    assert made.step_seconds == min(each.step_seconds or 0 for each in usable) > 0
+
+
+@pytest.mark.parametrize(
+    ("workload", "choices"),
+    [
+        (SMALL, {}),  # packed blocks are quicker
+        (MEDIUM, {"pack": False}),  # both hide behind compute
+        (SMALL, {"pack": False, "mode": "memory", "granularity": "block"}),
+        (SMALL, {"pack": False, "mode": "manual", "dit_layerwise_offload": True}),
+        (SMALL, {"pack": False, "vram_budget": None, "dit_layerwise_offload": True}),
+        (None, {"pack": False}),
+    ],
+)
+def test_blocks_are_kept_where_parts_gain_nothing_or_nobody_asked(
+    workload: Workload | None, choices: dict[str, Any]
+) -> None:
+    made = plan(WAN_14B, workload, card("24GiB"), **{"vram_budget": "16GB", **choices})
+    assert made.granularity == "block"
+    streamed = [c for c in made.considered if c.candidate.placement.kind == STREAM]
+    assert {c.candidate.placement.granularity for c in streamed} == {"block"}
+
+
+def test_parts_are_worth_it_from_2_percent_on() -> None:
+    seen: list[float] = []
+    for tenths in range(270, 560, 15):
+        here = card("24GiB", link_gb_per_s=tenths / 10)
+        for budget in (4 * GB, 16 * GB):
+            options: dict[str, Any] = {"vram_budget": budget, "pack": False}
+            made = plan(WAN_14B, MEDIUM, here, **options)
+            parts, blocks = (
+                plan(WAN_14B, MEDIUM, here, granularity=each, **options).step_seconds
+                for each in ("part", "block")
+            )
+            assert parts is not None
+            assert blocks is not None
+            seen.append(parts / blocks)
+            assert made.granularity == ("part" if parts <= blocks * 0.98 else "block")
+    assert any(share < 0.97 for share in seen)
+    assert any(0.98 < share < 0.999 for share in seen)
+
+
+def test_what_stands_in_parts_becomes_blocks_where_these_are_quicker_within_the_budget() -> None:
+    standing = replace(WAN_14B, granularity="part", packed=0.0)
+    long = replace(SMALL, steps=1000)
+    made = plan(standing, long, card("24GiB"), vram_budget="12GB")
+    assert (made.granularity, made.pack) == ("block", True)
+    assert "blocks, quicker within the budget than" in made.reasons["granularity"]
+    # It takes seconds to bring them into another form.
+    assert in_parts(standing, card("24GiB"), vram_budget="12GB")
+    once = plan(standing, replace(SMALL, steps=1), card("24GiB"), vram_budget="12GB")
+    assert once.granularity == "part"
 
 
 @pytest.mark.parametrize("workload", [None, SMALL, MEDIUM])

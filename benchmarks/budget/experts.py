@@ -37,7 +37,8 @@ SEEDS = (SEED, SEED + 100_000)  # every tensor of a model has a seed of its own
 STEPS = 6  # half of them by each expert
 GUIDANCE = 5.0
 BOUNDARY = 0.5
-CALLS = 2  # that count; another one goes before
+CALLS = {1: 5}  # that count, by frames; another one goes before
+CALLS_OF_LONG = 3
 BUDGET = 16 * GB
 
 
@@ -146,7 +147,7 @@ class _Calls:
             for number, name in enumerate(NAMES)
         ]
         try:
-            for _ in range(1 + CALLS):
+            for _ in range(1 + CALLS.get(size.frames, CALLS_OF_LONG)):
                 marks.clear()
                 made.ran.clear()
                 bench.clock.synchronize()

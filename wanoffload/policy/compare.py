@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import inf
 
 from wanoffload.apart import BLOCK, PART
 from wanoffload.facts.model import ModelFacts
@@ -17,6 +18,9 @@ from wanoffload.workload import Workload
 
 EQUAL = 1.005
 """Plans within half a per cent of the fastest count as equally fast."""
+WORTH_ANOTHER = 0.98
+"""Within a budget, parts are taken in place of blocks, or the other way round, if a step takes at
+most this share of the time."""
 
 
 @dataclass(frozen=True)
@@ -72,33 +76,53 @@ class Considered:
 def consider(problem: Problem, placements: Iterable[Placement] | None = None) -> list[Considered]:
     """Every permitted placement, or these, with its verdict; that of the base rules first.
 
-    Where the device is too small for all of them, also the same in the other granularity, if that
-    is open.
+    Where the device is too small for all of them, or another is quicker within the budget, also the
+    same in the other granularity, if that is open.
     """
     if placements is not None:
         return _judged(problem, placements)
     found = _judged(problem, permitted(problem))
     if any(each.obstacle is None for each in found):
-        return found
-    return found + _in_the_other_granularity(problem, found)
+        return found + _quicker_otherwise(problem, found)
+    return found + _smaller_otherwise(problem, found)
+
+
+def _quicker_otherwise(problem: Problem, found: list[Considered]) -> list[Considered]:
+    """What is streamed in blocks, in their parts, or the other way round, if that makes steps so
+    much shorter within a budget that it is worth it: more may stay on the device then."""
+    choices = problem.choices
+    if choices.vram_budget is None or problem.mode != "auto" or not problem.known:
+        return []
+    others = _in_the_other_granularity(problem, found)
+    quickest, otherwise = (min(_times(problem, each), default=inf) for each in (found, others))
+    return others if otherwise <= quickest * WORTH_ANOTHER else []
+
+
+def _times(problem: Problem, considered: list[Considered]) -> list[float]:
+    """Seconds a step, of those that can be taken."""
+    usable = [c.candidate for c in considered if c.obstacle is None]
+    return [spent(problem, c) for c in usable if c.step_seconds is not None]
+
+
+def _smaller_otherwise(problem: Problem, found: list[Considered]) -> list[Considered]:
+    """The same where nothing fits. Of what can't be taken either, the first alone, for its
+    numbers."""
+    judged = _in_the_other_granularity(problem, found)
+    streamed = (c.candidate for c in found if c.candidate.placement.kind == STREAM)
+    if not judged or not _helps(problem, judged[0].candidate, min(streamed, key=least_first)):
+        return []
+    return judged if any(each.obstacle is None for each in judged) else judged[:1]
 
 
 def _in_the_other_granularity(problem: Problem, found: list[Considered]) -> list[Considered]:
-    """What is streamed in blocks, in their parts, or the other way round. Of what can't be taken
-    either, the first alone, for its numbers."""
-    streamed = [c for c in found if c.candidate.placement.kind == STREAM]
+    """Of what is streamed; nothing if none of it is, or the other granularity is not open."""
+    placements = [c.candidate.placement for c in found if c.candidate.placement.kind == STREAM]
     other = other_granularity(problem)
-    if other is None or not streamed:
+    if other is None or not placements:
         return []
-    shares = dict.fromkeys(each.candidate.placement.packed for each in streamed)
+    shares = dict.fromkeys(placement.packed for placement in placements)
     ahead = depths(problem, other)
-    judged = _judged(
-        problem, (Placement(STREAM, n, share, other) for share in shares for n in ahead)
-    )
-    nearest = min((each.candidate for each in streamed), key=least_first)
-    if not _helps(problem, judged[0].candidate, nearest):
-        return []
-    return judged if any(each.obstacle is None for each in judged) else judged[:1]
+    return _judged(problem, (Placement(STREAM, n, share, other) for share in shares for n in ahead))
 
 
 def _helps(problem: Problem, candidate: Candidate, nearest: Candidate) -> bool:

@@ -131,8 +131,9 @@ def plan(
             "auto": what activations leave), `pack` (True, False, or "auto": packed where the link
             binds or host memory is short; modes "auto" and "memory" do so by themselves),
             `granularity` ("block", "part": parts of blocks through a ring, which takes less of the
-            device; "auto", as without it: parts where no plan with blocks fits, and in mode
-            "memory" where they take less). None is the same as not given.
+            device; "auto", as without it: parts where no plan with blocks fits, in mode "memory"
+            where they take less, and in "auto" where they are quicker within `vram_budget`). None
+            is the same as not given.
 
     Returns:
         A plan. If nothing that is permitted fits, `fits` is False and `messages` have the numbers.
@@ -268,13 +269,7 @@ def _say_granularity(problem: Problem, considered: list[Considered], taken: Cand
         return
     said, why = rules.granularity_of(problem.facts, problem.mode, choices)
     if placement.granularity != said:
-        tried = [c for c in considered if c.candidate.placement.granularity == said]
-        streamed = (c for c in tried if c.candidate.placement.kind == STREAM)
-        nearest = min(streamed, key=lambda c: compare.least_first(c.candidate))
-        why = (
-            f"rule 10: {forms.UNITS[placement.granularity]}, since what is "
-            f"{nearest.candidate.placement} does not fit: {nearest.obstacle}"
-        )
+        why = f"rule 10: {forms.UNITS[placement.granularity]}, {_why_not(said, considered, taken)}"
         in_parts = placement.granularity == PART
         ahead = rules.PARTS_AHEAD if in_parts else "cost model: what is enough"
         chosen = choices.made("dit_offload_prefetch_size")
@@ -282,6 +277,21 @@ def _say_granularity(problem: Problem, considered: list[Considered], taken: Cand
     elif placement.granularity == PART and not choices.made("dit_offload_prefetch_size"):
         decision.reasons["dit_offload_prefetch_size"] = rules.PARTS_AHEAD
     decision.reasons["granularity"] = why
+
+
+def _why_not(said: str, considered: list[Considered], taken: Candidate) -> str:
+    """What is wrong with the granularity that the rules say."""
+    tried = [
+        c
+        for c in considered
+        if c.candidate.placement.granularity == said and c.candidate.placement.kind == STREAM
+    ]
+    usable = [c.candidate for c in tried if c.obstacle is None]
+    if usable:
+        quickest = min(usable, key=seconds)
+        return f"quicker within the budget than {quickest.placement}, {_times(quickest, taken)}"
+    nearest = min(tried, key=lambda c: compare.least_first(c.candidate))
+    return f"since what is {nearest.candidate.placement} does not fit: {nearest.obstacle}"
 
 
 def _why(problem: Problem, base: Considered, taken: Candidate) -> str:
