@@ -211,9 +211,39 @@ def test_experts_have_their_first_forward_beside_one_with_nothing_staying(result
     assert names == list(product((PLAIN, PACKED), sizes, experts.NAMES))
     for row in found:
         assert row.values["stays"].startswith("2 of 6" if row.key["form"] == PLAIN else "0 of 6")
-        stall = row.values["first_ms"]["median"] - row.values["streamed_ms"]
+        stall = row.values["first_ms"]["min"] - row.values["streamed_ms"]["min"]
         assert row.values["stall_ms"] == pytest.approx(stall)
         assert row.values["first_units_ms"] > 0
+
+
+def test_an_experts_first_forward_and_its_others_are_told_apart() -> None:
+    calls = experts._Calls(TINY.sizes[0])
+    calls.ran = [0, 0, 0, 1, 1, 1, 1]
+    calls.forward_ms = [[float(10 * call + at) for at in range(7)] for call in (1, 2)]
+    assert [calls.first(expert) for expert in (0, 1)] == [[10.0, 20.0], [13.0, 23.0]]
+    assert [calls.steady(expert) for expert in (0, 1)] == [[12.0, 22.0], [15.0, 16.0, 25.0, 26.0]]
+
+
+@pytest.mark.parametrize("spoilt", ["nothing", "streamed", "calls"])
+def test_all_calls_of_experts_are_looked_at(spoilt: str) -> None:
+    def made() -> experts._Calls:
+        return experts._Calls(TINY.sizes[0], [torch.zeros(2), torch.zeros(2)], [], [0, 0, 1, 1])
+
+    named = {name: made() for name in ("resident", "streamed", "calls")}
+    values: dict[str, Any] = {"form": PLAIN, "budget": 1, "gbps": [1.0], "says": []}
+    measured = experts._Measured(**values, **named, nothing_stayed=True)
+    assert measured.equal()
+    assert measured.as_intended()
+    assert not dataclasses.replace(measured, nothing_stayed=False).as_intended()
+    if spoilt == "nothing":
+        for calls in named.values():
+            calls.ran[:] = [0] * 4
+        assert not measured.as_intended()
+        return
+    named[spoilt].ran[1] = 1
+    assert not measured.as_intended()
+    named[spoilt].latents[1][0] = 1
+    assert not measured.equal()
 
 
 def test_a_stall_is_asked_to_be_no_longer_than_the_copy_of_the_first_units() -> None:

@@ -133,7 +133,7 @@ EXPERTS: list[Column[Row]] = [
     ("expert", of_key("expert")),
     ("what stays", lambda row: str(row.values["stays"])),
     ("its first forward, ms", lambda row: spread(row.values["first_ms"])),
-    ("with nothing staying", lambda row: _number("streamed_ms", row, 1)),
+    ("with nothing staying", lambda row: spread(row.values["streamed_ms"])),
     ("stall", lambda row: _number("stall_ms", row, 1)),
     ("the copy of the first units", lambda row: _number("first_units_ms", row, 1)),
     ("its other forwards", lambda row: spread(row.values["forward_ms"])),
