@@ -159,9 +159,7 @@ def test_a_chosen_granularity_is_obeyed_and_another_after_disable(chosen: str) -
         disable(pipe)
 
 
-def test_a_real_plan_streams_in_parts_in_mode_memory_and_where_blocks_are_slower_or_do_not_fit() -> (
-    None
-):
+def test_a_real_plan_streams_in_parts_where_blocks_take_more_or_are_slower_or_do_not_fit() -> None:
     """As if the small experts were those of 14B."""
     large = {"facts": look("Wan-AI/Wan2.2-T2V-A14B-Diffusers"), "workload": SIZE, "device": "cpu"}
     card = Hardware("48GiB", "200GB", 55.2)
