@@ -180,6 +180,22 @@ def test_a_real_plan_streams_in_parts_where_blocks_take_more_or_are_slower_or_do
         assert torch.equal(KIND.run(pipe), expected)
 
 
+def test_within_a_budget_blocks_or_parts_wait_for_the_size_of_the_first_call() -> None:
+    card = Hardware("80GiB", "200GB", 55.2)
+    facts = look("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    pipe = KIND.make()
+    options: dict[str, Any] = {"vram_budget": "16GB", "pack": False, **STREAM}
+    enable(pipe, hardware=card, facts=facts, device="cpu", **options)
+    enabled = enabled_of(pipe)
+    assert all(attached(expert) is None for expert in experts(pipe))
+    enabled.before_call(pipe, Workload(480, 832, 1))
+    assert granularities(pipe) == ["part", "part"]
+    disable(pipe)
+    enable(pipe, hardware=card, facts=facts, device="cpu", **options)
+    enabled_of(pipe).before_call(pipe, Workload(480, 832, 17))
+    assert granularities(pipe) == ["block", "block"]
+
+
 def test_a_transformer_alone_streams_in_parts_as_planned() -> None:
     model, inputs = MODELS["wan22_5b"]()
     expected = forward(model, inputs)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import wanoffload
 from benchmarks import machine
 from benchmarks.budget.bench import GB, BudgetBench, name_of, others_of, toy_budgets
+from benchmarks.contenders import BLOCK
 from benchmarks.engine import Found, is_small
 from benchmarks.harness import Spread, say
 from benchmarks.loading.claims import Claim
@@ -98,6 +99,7 @@ def _enabled(
         "device": bench.device,
         "host": "pinned",
         "pack": form == PACKED,
+        "granularity": BLOCK,
         "dit_layerwise_offload": True,
     }
     budget = BUDGET

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALLEST = Workload(height=64, width=64, frames=1, steps=1, guidance=0.0)
+LONG = replace(SMALLEST, steps=100)  # what comes once a generation is spread over these
 LARGEST = Workload(height=2160, width=3840, frames=241, steps=100, guidance=5.0)
-"""What is decided alike for both is decided before the size is known."""
+"""What is decided alike for all three is decided before the size is known."""
 
 
 def decide(
@@ -121,7 +122,7 @@ class Enabled(hooks.Attached):
     def _certain(self, wanted: dict[str, Treatment]) -> dict[str, Treatment]:
         """Those that no size of the workload changes."""
         try:
-            extremes = [self._treatments(self._decide(w)) for w in (SMALLEST, LARGEST)]
+            extremes = [self._treatments(self._decide(w)) for w in (SMALLEST, LONG, LARGEST)]
         except ValueError:  # a choice that some sizes exclude
             return {}
         return {n: t for n, t in wanted.items() if all(other[n] == t for other in extremes)}
