@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import weakref
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,26 @@ def test_experts_have_their_first_forward_beside_one_with_nothing_staying(result
         stall = row.values["first_ms"]["min"] - row.values["streamed_ms"]["min"]
         assert row.values["stall_ms"] == pytest.approx(stall)
         assert row.values["first_units_ms"] > 0
+
+
+def test_experts_have_the_device_to_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them and another model would be more than a GPU has."""
+    alive: list[int] = []
+    made: list[weakref.ref[Any]] = []
+    build = models.build
+
+    def counted(*given: Any) -> Any:
+        model = build(*given)
+        made.append(weakref.ref(model))
+        alive.append(sum(each() is not None for each in made))
+        return model
+
+    for module in ("packing.bench", "budget.experts"):
+        monkeypatch.setattr(f"benchmarks.{module}.build", counted)
+    assert bench(tmp_path / "results.jsonl", "--parts", "ceiling,experts", "--frames", "1") == 0
+    assert alive == [1, 1, 2]
 
 
 def test_an_experts_first_forward_and_its_others_are_told_apart() -> None:

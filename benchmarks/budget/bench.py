@@ -6,6 +6,7 @@ import time
 from functools import cached_property
 
 import wanoffload
+from benchmarks import machine
 from benchmarks.contenders import BLOCK, PART, Contender, Live, Wanoffload, by_name
 from benchmarks.engine import is_small
 from benchmarks.harness import Session
@@ -49,6 +50,12 @@ class BudgetBench(PackingBench):
         """The model on the device; the link's probe comes first, so that it is no model's own."""
         _ = self.link
         return super().resident
+
+    def let_go(self) -> None:
+        """Takes everything down, the resident model too; it is made anew when it is needed."""
+        self.close()
+        self.__dict__.pop("resident", None)
+        machine.release_caches()
 
     def contender(self, form: str) -> Contender:
         """This project, with as many blocks ahead as its plan takes; or one by its name."""

@@ -46,9 +46,9 @@ BUDGET = 16 * GB
 
 def experts(bench: BudgetBench) -> Found:
     """A row for each form, size, and expert whose turn it is."""
-    bench.close()  # both experts at once leave no room for models of other parts
     if bench.session.out_of_time():
         return
+    bench.let_go()  # both experts at once leave no room for models of other parts
     _ = bench.link
     machine.touch_once(round(2 * bench.bytes.all * 1.1))
     say(f"building two experts of {bench.spec.name} on {bench.device}")
