@@ -52,12 +52,15 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Allocations count as what is asked for: small blocks take what they have."""
-    from wanoffload import residency
+    from wanoffload import residency, ring_plan
 
+    caches = (residency._choose, ring_plan._choose, ring_plan._choices)
     monkeypatch.setattr("wanoffload.residency.ROUND_BYTES", 256)
-    residency._choose.cache_clear()
+    for each in caches:
+        each.cache_clear()
     yield
-    residency._choose.cache_clear()  # of the plans made meanwhile none is right
+    for each in caches:  # of the plans made meanwhile none is right
+        each.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -239,7 +239,7 @@ def test_experts_have_the_device_to_themselves(
 
 def test_an_experts_first_forward_and_its_others_are_told_apart() -> None:
     calls = experts._Calls(TINY.sizes[0])
-    calls.ran = [0, 0, 0, 1, 1, 1, 1]
+    calls.ran = [[0, 0, 0, 1, 1, 1, 1]] * 2
     calls.forward_ms = [[float(10 * call + at) for at in range(7)] for call in (1, 2)]
     assert [calls.first(expert) for expert in (0, 1)] == [[10.0, 20.0], [13.0, 23.0]]
     assert [calls.steady(expert) for expert in (0, 1)] == [[12.0, 22.0], [15.0, 16.0, 25.0, 26.0]]
@@ -248,7 +248,7 @@ def test_an_experts_first_forward_and_its_others_are_told_apart() -> None:
 @pytest.mark.parametrize("spoilt", ["nothing", "streamed", "calls"])
 def test_all_calls_of_experts_are_looked_at(spoilt: str) -> None:
     def made() -> experts._Calls:
-        return experts._Calls(TINY.sizes[0], [torch.zeros(2), torch.zeros(2)], [], [0, 0, 1, 1])
+        return experts._Calls(TINY.sizes[0], [torch.zeros(2), torch.zeros(2)], [], [[0, 1], [0, 1]])
 
     named = {name: made() for name in ("resident", "streamed", "calls")}
     values: dict[str, Any] = {"form": PLAIN, "budget": 1, "gbps": [1.0], "says": []}
@@ -258,10 +258,10 @@ def test_all_calls_of_experts_are_looked_at(spoilt: str) -> None:
     assert not dataclasses.replace(measured, nothing_stayed=False).as_intended()
     if spoilt == "nothing":
         for calls in named.values():
-            calls.ran[:] = [0] * 4
+            calls.ran[:] = [[0, 0]] * 2
         assert not measured.as_intended()
         return
-    named[spoilt].ran[1] = 1
+    named[spoilt].ran[0] = [1, 0]
     assert not measured.as_intended()
     named[spoilt].latents[1][0] = 1
     assert not measured.equal()

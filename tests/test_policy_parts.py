@@ -213,10 +213,28 @@ def test_blocks_are_kept_where_parts_gain_nothing_or_nobody_asked(
     assert {c.candidate.placement.granularity for c in streamed} == {"block"}
 
 
-def test_without_a_budget_parts_are_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+UNKNOWN_WORK = replace(WAN_14B, dits=(replace(DIT, matmul_flops_per_token=0.0),))
+
+
+@pytest.mark.parametrize(
+    ("facts", "workload", "choices"),
+    [
+        (WAN_14B, SMALL, {"vram_budget": None}),
+        (WAN_14B, MEDIUM, {}),  # compute alone takes as long
+        (WAN_14B, SMALL, {"dit_offload_prefetch_size": 0.5}),  # of blocks, as it was meant
+        (UNKNOWN_WORK, SMALL, {}),  # nothing is timed
+    ],
+)
+def test_parts_that_will_not_be_taken_are_not_even_looked_at(
+    facts: ModelFacts,
+    workload: Workload,
+    choices: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A plan of them takes longer than all others."""
     monkeypatch.delattr(within, "choose_parts")
-    assert plan(WAN_14B, SMALL, card("24GiB"), pack=False).granularity == "block"
+    options = {"vram_budget": "16GB", "pack": False, **choices}
+    assert plan(facts, workload, card("24GiB"), **options).granularity == "block"
 
 
 def test_parts_are_worth_it_from_2_percent_on() -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 BLOCK, PART, AUTO = "block", "part", "auto"
-"""Granularities: what a unit is, a block or a part of one. AUTO: parts where blocks do not fit."""
+"""Granularities: what a unit is, a block or a part of one. AUTO: whichever fits, or is
+quicker within a budget."""
 LEAST_PART = 1 / 50
 """Of a block: what is smaller is no part of its own, it stays on the device."""
 MOST_REST = 1 / 10

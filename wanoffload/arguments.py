@@ -166,8 +166,8 @@ def _add_choices(group: argparse._ArgumentGroup) -> None:
         "--granularity",
         choices=GRANULARITIES,
         help="what is fetched at once of a streamed DiT: whole blocks, or parts of them, which "
-        "take less of the device; auto, as without it: parts where blocks do not fit, and in mode "
-        "memory where they take less",
+        "take less of the device; auto, as without it: parts where blocks do not fit, in mode "
+        "memory where they take less, in auto where they are quicker within --vram-budget",
     )
     group.add_argument(
         "--pack",

@@ -103,7 +103,7 @@ def _planner(
     return _Planner(tuple(parts), tuple(order or range(len(parts))), others, largest_chunk)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # some megabytes each
 def _choices(planner: _Planner, ahead: int) -> list[tuple[frozenset[int], int]]:
     """What may stay, and the bytes that it takes of the device at least."""
     return [(resident, planner.at_least(resident, ahead)) for resident in planner.choices()]

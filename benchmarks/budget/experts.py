@@ -139,12 +139,13 @@ def _nothing_staying(pipe: Any) -> Iterator[None]:
 @dataclass
 class _Calls:
     """Calls of the pipeline. `forward_ms`: of each call that counts, the milliseconds up to the end
-    of each forward, since the one before it or since the call began. `ran`: by which expert."""
+    of each forward, since the one before it or since the call began. `ran`: of every call, which
+    expert each forward was."""
 
     size: Size
     latents: list[Tensor] = field(default_factory=list)
     forward_ms: list[list[float]] = field(default_factory=list)
-    ran: list[int] = field(default_factory=list)
+    ran: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, bench: BudgetBench, pipe: Any, size: Size) -> _Calls:
@@ -159,7 +160,7 @@ class _Calls:
         try:
             for _ in range(1 + CALLS.get(size.frames, CALLS_OF_LONG)):
                 marks.clear()
-                made.ran.clear()
+                made.ran.append([])
                 bench.clock.synchronize()
                 marks.append(bench.clock.mark())
                 output = pipe(
@@ -186,18 +187,18 @@ class _Calls:
     def _marking(self, bench: BudgetBench, marks: list[Any], number: int) -> Any:
         def mark(*_: Any) -> None:
             marks.append(bench.clock.mark())
-            self.ran.append(number)
+            self.ran[-1].append(number)
 
         return mark
 
     def first(self, expert: int) -> list[float]:
         """Of each call, the expert's first forward."""
-        at = self.ran.index(expert)
+        at = self.ran[-1].index(expert)
         return [row[at] for row in self.forward_ms]
 
     def steady(self, expert: int) -> list[float]:
         """Its forwards but for the first two: what is found out in one may change the plan."""
-        mine = [at for at, number in enumerate(self.ran) if number == expert]
+        mine = [at for at, number in enumerate(self.ran[-1]) if number == expert]
         return [row[at] for row in self.forward_ms for at in mine[2:]]
 
 
@@ -259,9 +260,11 @@ class _Measured:
     def as_intended(self) -> bool:
         """Whether both experts ran, in the same order each time, and nothing stayed where nothing
         was to."""
-        orders = [calls.ran for calls in (self.resident, self.streamed, self.calls)]
-        same = orders.count(self.resident.ran) == len(orders)
-        return same and set(self.resident.ran) == {0, 1} and self.nothing_stayed
+        (first, *others) = [
+            ran for calls in (self.resident, self.streamed, self.calls) for ran in calls.ran
+        ]
+        same = all(ran == first for ran in others)
+        return same and set(first) == {0, 1} and self.nothing_stayed
 
 
 def _claims(values: dict[str, Any]) -> list[Claim]:

@@ -89,13 +89,18 @@ def consider(problem: Problem, placements: Iterable[Placement] | None = None) ->
 
 def _quicker_otherwise(problem: Problem, found: list[Considered]) -> list[Considered]:
     """What is streamed in blocks, in their parts, or the other way round, if that makes steps so
-    much shorter within a budget that it is worth it: more may stay on the device then."""
+    much shorter within a budget that it is worth it: more may stay on the device then. A prefetch
+    that was chosen counts what it was chosen for."""
     choices = problem.choices
-    if choices.vram_budget is None or problem.mode != "auto" or not problem.known:
+    chosen = choices.dit_offload_prefetch_size is not None
+    if choices.vram_budget is None or chosen or problem.mode != "auto" or not problem.known:
         return []
+    enough = min(_times(problem, found), default=0.0) * WORTH_ANOTHER
+    (resident,) = _judged(problem, [Placement(RESIDENT)])
+    if (resident.candidate.step_seconds or 0.0) >= enough:
+        return []  # compute alone takes as long, or nothing is timed
     others = _in_the_other_granularity(problem, found)
-    quickest, otherwise = (min(_times(problem, each), default=inf) for each in (found, others))
-    return others if otherwise <= quickest * WORTH_ANOTHER else []
+    return others if min(_times(problem, others), default=inf) <= enough else []
 
 
 def _times(problem: Problem, considered: list[Considered]) -> list[float]:

@@ -269,7 +269,8 @@ def _say_granularity(problem: Problem, considered: list[Considered], taken: Cand
         return
     said, why = rules.granularity_of(problem.facts, problem.mode, choices)
     if placement.granularity != said:
-        why = f"rule 10: {forms.UNITS[placement.granularity]}, {_why_not(said, considered, taken)}"
+        units = forms.UNITS[placement.granularity]
+        why = f"rule 10: {units}, {_why_not(problem, said, considered, taken)}"
         in_parts = placement.granularity == PART
         ahead = rules.PARTS_AHEAD if in_parts else "cost model: what is enough"
         chosen = choices.made("dit_offload_prefetch_size")
@@ -279,7 +280,7 @@ def _say_granularity(problem: Problem, considered: list[Considered], taken: Cand
     decision.reasons["granularity"] = why
 
 
-def _why_not(said: str, considered: list[Considered], taken: Candidate) -> str:
+def _why_not(problem: Problem, said: str, considered: list[Considered], taken: Candidate) -> str:
     """What is wrong with the granularity that the rules say."""
     tried = [
         c
@@ -288,7 +289,7 @@ def _why_not(said: str, considered: list[Considered], taken: Candidate) -> str:
     ]
     usable = [c.candidate for c in tried if c.obstacle is None]
     if usable:
-        quickest = min(usable, key=seconds)
+        quickest = min(usable, key=lambda c: compare.spent(problem, c))
         return f"quicker within the budget than {quickest.placement}, {_times(quickest, taken)}"
     nearest = min(tried, key=lambda c: compare.least_first(c.candidate))
     return f"since what is {nearest.candidate.placement} does not fit: {nearest.obstacle}"

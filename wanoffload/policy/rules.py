@@ -22,7 +22,7 @@ NOT_STREAMED = "rule 9: the DiT is not streamed"
 PLAIN_WHILE_UNKNOWN = "rule 9: plain, while size or machine are unknown"
 AS_IT_STANDS = "rule 9: as the blocks stand already"
 NOT_IN_PARTS = "rule 10: the DiT is not streamed"
-WHOLE_BLOCKS = "rule 10: blocks, as long as they fit"
+WHOLE_BLOCKS = "rule 10: blocks, where they fit and parts are not quicker within a budget"
 PARTS_AHEAD = "rule 10: as many parts as their ring has room for"
 ENOUGH = 1
 """Blocks ahead that hide copies behind compute where blocks are alike; the least to consider."""
@@ -178,7 +178,7 @@ def _rule_4(choices: Choices) -> str:
 
 
 def decide_granularity(decision: Decision, facts: ModelFacts, mode: str, choices: Choices) -> None:
-    """Rule 10: blocks or their parts, as long as they fit (`compare` looks at that)."""
+    """Rule 10: blocks or their parts. `compare` looks at whether they fit, and are quick."""
     if not decision.dit_layerwise:
         decision.reasons["granularity"] = NOT_IN_PARTS
         return
