@@ -126,23 +126,30 @@ def _spans(
 ) -> list[list[Span]] | None:
     """Of each part's pieces, one behind the other, from multiples of `step` on. None if a part
     would touch itself, or one of the `ahead` before it."""
-    at = 0
-    spans: list[list[Span]] = []
+    lap = at = 0
+    row: list[Span] = []  # of all pieces, as if laps of the ring followed each other
+    first: list[int] = []  # of each part, in the row
     for number, pieces in enumerate(parts):
-        mine: list[Span] = []
-        beside = [*spans[max(0, number - ahead) :], mine]
+        first.append(len(row))
+        oldest = first[max(0, number - ahead)]
         for size in pieces:
             if at + size > nbytes:
-                at = 0
-            end = at + size
-            for others in beside:
-                for other_start, other_end in others:
-                    if at < other_end and other_start < end:
-                        return None
-            mine.append((at, end))
+                lap, at = lap + nbytes, 0
+            start, end = lap + at, lap + at + size
+            # Each lap begins at the front, so what is touched is one lap behind.
+            for other in range(oldest, len(row)):
+                other_start, other_end = row[other]
+                if other_start >= end - nbytes:
+                    break
+                if start - nbytes < other_end:
+                    return None
+            row.append((start, end))
             at += -(-size // step) * step
-        spans.append(mine)
-    return spans
+    ends = [*first[1:], len(row)]
+    return [
+        [(start % nbytes, start % nbytes + end - start) for start, end in row[one:other]]
+        for one, other in zip(first, ends, strict=True)
+    ]
 
 
 def _apart_around(spans: Sequence[Sequence[Span]], ahead: int) -> bool:
